@@ -1,0 +1,192 @@
+"""Command line: `softprompt train | eval | infer | quickstart | vocabulary | inspect`."""
+
+import argparse
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+
+USER_DATA_FLAGS = {
+    "train_file": "TRAIN_FILE",
+    "validation_file": "VALIDATION_FILE",
+    "test_file": "TEST_FILE",
+    "template": "TEXT_TEMPLATE",
+    "target": "TARGET_FIELD",
+    "labels": "LABELS",
+}
+
+
+def _quiet() -> None:
+    """Keeps TensorFlow's and XLA's start-up chatter off the terminal; errors still show."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    # TensorFlow only reads data here: leave the accelerators to JAX.
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+    import logging
+    import warnings
+
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def _use_compilation_cache() -> None:
+    """Compiled programs are kept between runs, in SOFTPROMPT_CACHE_DIR or the user's cache."""
+    import jax
+
+    if not jax.config.jax_compilation_cache_dir:
+        default = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+        folder = os.environ.get("SOFTPROMPT_CACHE_DIR", str(default / "softprompt"))
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(folder) / "jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's grammar; `--gin.NAME=VALUE` is read apart from it."""
+    top = argparse.ArgumentParser(
+        prog="softprompt", description="Soft prompts for frozen T5 language models."
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, what in (
+        ("train", "tune a prompt (or whatever TRAINABLE names) on a task"),
+        ("eval", "evaluate a prompt on a task"),
+        ("infer", "predict for the rows of a file"),
+    ):
+        command = commands.add_parser(
+            name, help=what, epilog="--gin.NAME=VALUE overrides a gin macro or binding."
+        )
+        command.add_argument("--gin_file", action="append", default=[], metavar="FILE")
+        command.add_argument("--gin_search_paths", default="", metavar="DIR[,DIR…]")
+        command.add_argument("--gin_bindings", action="append", default=[], metavar="NAME=VALUE")
+        command.add_argument("--data_dir", help="folder of JSON Lines data sets")
+        command.add_argument("--tfds_data_dir", help="folder of TensorFlow data sets")
+        command.add_argument("--seqio_additional_cache_dirs", default="", metavar="DIR[,DIR…]")
+        command.add_argument("--ignore_fingerprint", action="store_true")
+        if name != "infer":
+            command.add_argument("--task_name", default="user_task", help="name of your own data")
+            command.add_argument("--train_file", help="your own data, JSON Lines or CSV")
+            command.add_argument("--validation_file")
+            command.add_argument("--test_file")
+        if name == "train" or name == "eval" or name == "infer":
+            command.add_argument("--template", help='text of a row, such as "review: {text}"')
+            command.add_argument("--labels", help="label names, separated by commas")
+        if name != "infer":
+            command.add_argument("--target", help="field that holds the label or target text")
+    quick = commands.add_parser("quickstart", help="tune a prompt on the embedded default")
+    quick.add_argument("--output_dir", default="softprompt_quickstart")
+    quick.add_argument("--task", default=None, help="one of the embedded data sets")
+    quick.add_argument("--steps", type=int, default=None)
+    quick.add_argument("--seed", type=int, default=0)
+    words = commands.add_parser("vocabulary", help="train a SentencePiece vocabulary on text")
+    words.add_argument("inputs", nargs="+", help="JSON Lines files with a field 'text'")
+    words.add_argument("--output", required=True)
+    words.add_argument("--size", type=int, default=8000)
+    words.add_argument("--sentences", type=int, default=250_000)
+    inspect = commands.add_parser("inspect", help="print what a prompt or backbone says of itself")
+    inspect.add_argument("path", help="a prompt file, a backbone folder, or 'embedded'")
+    return top
+
+
+def split_gin(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Separates `--gin.NAME=VALUE` (or `--gin.NAME VALUE`) from the other arguments."""
+    rest, bindings = [], []
+    remaining = list(arguments)
+    while remaining:
+        argument = remaining.pop(0)
+        if not argument.startswith("--gin."):
+            rest.append(argument)
+            continue
+        name, equals, value = argument.removeprefix("--gin.").partition("=")
+        if not equals:
+            if not remaining:
+                raise ValueError(f"{argument} has no value; write {argument}=VALUE")
+            value = remaining.pop(0)
+        bindings.append((name, value))
+    return rest, bindings
+
+
+def _run_gin(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> int:
+    import seqio
+
+    from softprompt import config, launch
+    from softprompt.tasks import sources
+
+    for binding in args.gin_bindings:
+        name, equals, value = binding.partition("=")
+        if not equals:
+            raise ValueError(f"--gin_bindings {binding!r}: expected NAME=VALUE")
+        bindings.append((name.strip(), value.strip()))
+    bindings = [*_user_data(args), *bindings]
+    if args.ignore_fingerprint and args.command != "train":
+        bindings.append(("IGNORE_FINGERPRINT", "True"))
+    if args.data_dir:
+        sources.use_data_dir(args.data_dir)
+    if args.tfds_data_dir:
+        seqio.set_tfds_data_dir_override(args.tfds_data_dir)
+    if args.seqio_additional_cache_dirs:
+        seqio.add_global_cache_dirs(args.seqio_additional_cache_dirs.split(","))
+    search_paths = [p for p in args.gin_search_paths.split(",") if p]
+    config.parse(args.gin_file, bindings, search_paths)
+    with config.errors():
+        config.configured(getattr(launch, args.command))()
+    return 0
+
+
+def _user_data(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """The flags for a user's own data, as gin bindings."""
+    bindings = []
+    for flag, macro in USER_DATA_FLAGS.items():
+        value = getattr(args, flag, None)
+        if value is not None:
+            bindings.append((macro, repr(value.split(",")) if flag == "labels" else repr(value)))
+    if any(getattr(args, f"{split}_file", None) for split in ("train", "validation", "test")):
+        bindings.append(("MIXTURE_OR_TASK_NAME", repr(args.task_name)))
+    return bindings
+
+
+def _inspect(path: str) -> int:
+    import json
+
+    from softprompt import backbone, prompt
+
+    if path == "embedded" or pathlib.Path(path).is_dir():
+        print(backbone.describe(path))
+        return 0
+    array, metadata = prompt.load(path)
+    print(json.dumps({"shape": list(array.shape), **metadata}, indent=2, sort_keys=True))
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; a user's mistake is one sentence on standard error and exit code 2."""
+    _quiet()
+    try:
+        rest, bindings = split_gin(sys.argv[1:] if arguments is None else arguments)
+        args = parser().parse_args(rest)
+        if bindings and args.command not in ("train", "eval", "infer"):
+            raise ValueError(f"softprompt {args.command} takes no --gin flags")
+        _use_compilation_cache()
+        if args.command in ("train", "eval", "infer"):
+            return _run_gin(args, bindings)
+        if args.command == "quickstart":
+            from softprompt import quickstart
+
+            return quickstart.run(args.output_dir, args.task, args.steps, args.seed)
+        if args.command == "vocabulary":
+            from softprompt import vocabulary
+
+            vocabulary.train(args.inputs, args.output, args.size, args.sentences)
+            print(f"{args.size} pieces in {args.output}")
+            return 0
+        return _inspect(args.path)
+    except ValueError as error:
+        print(f"softprompt: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print("softprompt: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,317 @@
+"""The Python API: load a backbone, tune a prompt, use it. Needs neither TensorFlow nor gin.
+
+import softprompt
+
+backbone = softprompt.load_backbone()
+data = softprompt.embedded_data("question_type")
+prompt = softprompt.tune(backbone, data.train, data.validation, labels=data.labels)
+prompt.save("question_type.safetensors")
+softprompt.classify(backbone, ["Who wrote it?"], data.labels, prompt)
+"""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from softprompt import backbone as backbones
+from softprompt import data, evaluation, optim, partition, train
+from softprompt import prompt as prompts
+from softprompt.backbone import Backbone
+from softprompt.tree import Flat
+
+Pair = tuple[str, str]
+Data = Sequence[Pair] | str | os.PathLike
+LENGTHS = {"inputs": 512, "targets": 64}
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A tuned prompt `[P, H]` float32, and what it was tuned on.
+
+    `metadata` holds backbone and its fingerprint, task, length, initialisation, step and metrics.
+    """
+
+    array: np.ndarray
+    metadata: Mapping[str, Any]
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes a `.safetensors` file, atomically."""
+        prompts.save(path, self.array, self.metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddedData:
+    """One of the small labelled data sets that the package carries, as (text, label) pairs."""
+
+    name: str
+    train: list[Pair]
+    validation: list[Pair]
+    labels: list[str]
+
+
+def load_backbone(path: str | os.PathLike = "embedded", dtype: Any = "float32") -> Backbone:
+    """Loads a frozen T5, by default the one that the package carries. See `backbone.load`."""
+    return backbones.load(path, dtype)
+
+
+def load_prompt(
+    path: str | os.PathLike, backbone: Backbone | None = None, ignore_fingerprint: bool = False
+) -> Prompt:
+    """Reads a prompt file (`.safetensors`, or `.npy` `[P, H]`).
+
+    With `backbone`, a prompt that was trained for another one is refused (ValueError) unless
+    `ignore_fingerprint`.
+    """
+    array, metadata = prompts.load(path)
+    if backbone is not None:
+        prompts.check_backbone(path, array, metadata, backbone, ignore_fingerprint)
+    return Prompt(array, metadata)
+
+
+def embedded_data(name: str) -> EmbeddedData:
+    """The data set 'sentiment', 'question_type' or 'entailment'."""
+    from softprompt.tasks import records
+
+    spec = records.EMBEDDED.get(name)
+    if spec is None:
+        raise ValueError(f"no embedded data set {name!r}; choose {', '.join(records.EMBEDDED)}")
+    read = {
+        split: records.read_pairs(
+            records.EMBEDDED_FOLDER / name / f"{split}.jsonl", spec.template, "label", spec.labels
+        )
+        for split in ("train", "validation")
+    }
+    return EmbeddedData(name, read["train"], read["validation"], list(spec.labels))
+
+
+def read_pairs(
+    path: str | os.PathLike,
+    template: str = "{text}",
+    target: str = "label",
+    labels: Sequence[str] | None = None,
+) -> list[Pair]:
+    """(text, target) pairs of a JSON Lines, CSV or TSV file (also `.gz`).
+
+    `template` makes the text from a row's fields; the field `target` holds a label name, an index
+    into `labels`, or, without `labels`, the target text. Errors name file and line.
+    """
+    from softprompt.tasks import records
+
+    return records.read_pairs(path, template, target, labels)
+
+
+def _examples(
+    source: Data, split: str, backbone: Backbone, lengths: Mapping[str, int], labels
+) -> tuple[data.Examples, evaluation.EvalTask]:
+    """Examples and their judge, from pairs or from a seqio task's name."""
+    vocabulary = _vocabulary(backbone)
+    if isinstance(source, str | os.PathLike):
+        from softprompt.tasks import features, registry  # noqa: F401
+
+        features.use_vocabulary(vocabulary.path)
+        tasks = data.get_tasks(str(source))
+        if len(tasks) > 1:
+            raise ValueError(f"{source!r} is a mixture; name one of its tasks")
+        task = evaluation.from_task(tasks[0][0], split, lengths, vocabulary)
+        return task.examples, task
+    examples = data.from_pairs(source, vocabulary, lengths, split)
+    return examples, evaluation.from_pairs(examples, labels)
+
+
+def _vocabulary(backbone: Backbone):
+    if backbone.vocabulary is None:
+        raise ValueError(f"the backbone {backbone.name!r} has no vocabulary")
+    return backbone.vocabulary
+
+
+def tune(
+    backbone: Backbone,
+    train_data: Data,
+    validation_data: Data | None = None,
+    labels: Sequence[str] | None = None,
+    prompt_length: int = 100,
+    train_steps: int = 1000,
+    batch_size: int = 32,
+    learning_rate: float | optax.Schedule = 0.3,
+    prompt_init: prompts.Initializer | None = None,
+    eval_period: int = 0,
+    patience: int = 0,
+    log_period: int = 100,
+    checkpoint_period: int = 1000,
+    model_dir: str | os.PathLike | None = None,
+    lengths: Mapping[str, int] = LENGTHS,
+    seed: int = 0,
+) -> Prompt:
+    """Tunes a prompt for a frozen backbone and returns the best one.
+
+    Args:
+      backbone: stays as it is, bit for bit.
+      train_data: (text, target) pairs, or the name of a seqio task.
+      validation_data: likewise; chooses the best step (by accuracy, or the task's metrics).
+      labels: the legal targets; validation then ranks them, and the prompt starts from their
+        embeddings. Without, targets are free text.
+      learning_rate: constant, or a schedule of the step; Adafactor as in the paper.
+      prompt_init: see `softprompt.prompt`; default class labels, or sampled vocabulary without.
+      model_dir: where checkpoints, prompts and figures go; the same call goes on from there.
+
+    Returns:
+      The prompt of the best validation, or of the last step without `validation_data`.
+    """
+    examples, judged = _examples(train_data, "train", backbone, lengths, labels)
+    labels = labels or judged.labels
+    if isinstance(train_data, str) and validation_data is None:
+        validation_data = train_data
+    for text in {target for _, target in train_data} if not isinstance(train_data, str) else ():
+        if labels is not None and text not in labels:
+            raise ValueError(f"the target {text!r} is not among the labels {list(labels)}")
+    init = prompt_init or (prompts.class_labels if labels else prompts.sampled_vocab)
+    embedding = np.asarray(backbone.params["token_embedder/embedding"], np.float32)
+    source = prompts.Source(embedding, backbone.vocabulary, labels)
+    initial = init(jax.random.key(seed), prompt_length, source)
+    slots = backbone.cfg.vocab_size + np.arange(prompt_length, dtype=np.int32)
+    batch_size = data.round_up(batch_size, backbone.mesh.shape["data"])
+
+    run_evaluation = None
+    if validation_data is not None:
+        held_out = _examples(validation_data, "validation", backbone, lengths, labels)[1]
+        predictor = _predictor(backbone, prompt_length, labels, lengths, batch_size)
+
+        def run_evaluation(flat: Flat, step: int) -> dict[str, float]:
+            return evaluation.evaluate(predictor, flat, [held_out])
+
+    about = {
+        "backbone": backbone.name,
+        "backbone_fingerprint": backbone.fingerprint,
+        "task": examples.name,
+        "prompt_length": prompt_length,
+        "initialisation": getattr(init, "__name__", str(init)),
+        "seed": seed,
+    }
+
+    def save(path: pathlib.Path, trained: dict[str, np.ndarray], note: dict[str, Any]) -> None:
+        prompts.save(f"{path}.safetensors", trained[train.PROMPT], {**about, **note})
+
+    result = train.fit(
+        backbone,
+        data.train_batches([examples], [1.0], batch_size, seed, slots),
+        optim.adafactor(learning_rate),
+        train_steps,
+        prompt=initial,
+        evaluate=run_evaluation,
+        eval_period=eval_period,
+        patience=patience,
+        log_period=log_period,
+        checkpoint_period=checkpoint_period,
+        model_dir=model_dir,
+        save=save,
+        identity={**about, "batch_size": batch_size},
+        seed=seed,
+    )
+    note = {"step": result.best_step, "metrics": result.metrics}
+    return Prompt(result.best[train.PROMPT], {**about, **note})
+
+
+def _predictor(backbone, prompt_length, labels, lengths, batch_size, **settings):
+    mode = evaluation.RANK if labels else evaluation.GENERATE
+    return evaluation.Predictor(
+        backbone, prompt_length, mode, batch_size, lengths["targets"], **settings
+    )
+
+
+def _with_prompt(backbone: Backbone, prompt: Prompt | np.ndarray | None) -> tuple[Flat, int]:
+    flat = dict(backbone.params)
+    if prompt is None:
+        return flat, 0
+    if isinstance(prompt, Prompt):
+        prompts.check_backbone("prompt", prompt.array, prompt.metadata, backbone)
+        prompt = prompt.array
+    flat[train.PROMPT] = jax.device_put(
+        np.asarray(prompt, np.float32), partition.replicated(backbone.mesh)
+    )
+    return flat, len(prompt)
+
+
+def _texts(backbone: Backbone, texts: Sequence[str], lengths: Mapping[str, int]) -> data.Examples:
+    if isinstance(texts, str):
+        raise ValueError("expected a list of texts, got one string")
+    return data.from_pairs([(t, "") for t in texts], _vocabulary(backbone), lengths, "texts")
+
+
+def generate(
+    backbone: Backbone,
+    texts: Sequence[str],
+    prompt: Prompt | np.ndarray | None = None,
+    max_tokens: int = 64,
+    beams: int = 1,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 32,
+) -> list[str]:
+    """A text for each text: greedy, by beam search, or sampled (temperature > 0)."""
+    flat, length = _with_prompt(backbone, prompt)
+    lengths = {**LENGTHS, "targets": max_tokens}
+    settings = dict(beams=beams, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    predictor = _predictor(backbone, length, None, lengths, batch_size, **settings)
+    return predictor.generate(flat, _texts(backbone, texts, lengths))
+
+
+def score_labels(
+    backbone: Backbone,
+    texts: Sequence[str],
+    labels: Sequence[str],
+    prompt: Prompt | np.ndarray | None = None,
+    batch_size: int = 32,
+) -> np.ndarray:
+    """Log-likelihood `[texts, labels]` (nats, EOS included) of each label after each text."""
+    flat, length = _with_prompt(backbone, prompt)
+    predictor = _predictor(backbone, length, labels, LENGTHS, batch_size)
+    return predictor.score(flat, _texts(backbone, texts, LENGTHS), labels)
+
+
+def classify(
+    backbone: Backbone,
+    texts: Sequence[str],
+    labels: Sequence[str],
+    prompt: Prompt | np.ndarray | None = None,
+) -> list[str]:
+    """The likeliest label of each text (rank classification)."""
+    return [labels[i] for i in score_labels(backbone, texts, labels, prompt).argmax(-1)]
+
+
+def evaluate(
+    backbone: Backbone,
+    source: Data,
+    prompt: Prompt | np.ndarray | None = None,
+    labels: Sequence[str] | None = None,
+    split: str = "validation",
+    lengths: Mapping[str, int] = LENGTHS,
+    batch_size: int = 32,
+) -> dict[str, float]:
+    """Figures of a prompt (None: of the bare backbone) on pairs or on a seqio task's split."""
+    task = _examples(source, split, backbone, lengths, labels)[1]
+    flat, length = _with_prompt(backbone, prompt)
+    predictor = _predictor(backbone, length, labels or task.labels, lengths, batch_size)
+    return evaluation.evaluate(predictor, flat, [task])
+
+
+__all__: list[str] = [
+    "Backbone",
+    "Prompt",
+    "classify",
+    "embedded_data",
+    "evaluate",
+    "generate",
+    "load_backbone",
+    "load_prompt",
+    "read_pairs",
+    "score_labels",
+    "tune",
+]

@@ -1,0 +1,162 @@
+"""Files of arrays: written atomically, read with their content checked.
+
+One format, safetensors with JSON metadata, serves prompts, training checkpoints and backbones. The
+metadata carries a SHA-256 of the arrays, so a torn or altered file is found when it is read.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import re
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors
+from safetensors import numpy as safetensors_numpy
+
+Path = str | os.PathLike
+FORMAT_VERSION = 1
+
+
+class CorruptFile(ValueError):
+    """A file that is torn, altered, or not what its name says."""
+
+
+def write(path: Path, arrays: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+    """Writes arrays and JSON metadata to `path`; a reader sees the old file or the whole new one."""
+    arrays = {name: np.ascontiguousarray(jax.device_get(x)) for name, x in arrays.items()}
+    header = {key: json.dumps(value, sort_keys=True) for key, value in metadata.items()}
+    header["format_version"] = json.dumps(FORMAT_VERSION)
+    header["sha256"] = json.dumps(_hash(arrays))
+    write_atomically(path, safetensors_numpy.save(arrays, metadata=dict(sorted(header.items()))))
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes bytes next to `path`, flushes them to disk, and renames."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except OSError as error:
+        pathlib.Path(temporary).unlink(missing_ok=True)
+        raise ValueError(f"cannot write {str(path)!r}: {error.strerror}") from error
+    except BaseException:
+        pathlib.Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Arrays and metadata of a file that `write` made.
+
+    Raises:
+      CorruptFile: torn, altered, or another format; the message names the file.
+      ValueError: no such file.
+    """
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            metadata = {key: json.loads(x) for key, x in (file.metadata() or {}).items()}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}
+    except FileNotFoundError:
+        raise ValueError(f"no such file: {str(path)!r}") from None
+    except (safetensors.SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise CorruptFile(f"{str(path)!r} is torn or is no safetensors file: {error}") from None
+    if "sha256" not in metadata:
+        raise CorruptFile(f"{str(path)!r} carries no checksum: it was not written by softprompt")
+    if metadata["format_version"] > FORMAT_VERSION:
+        raise ValueError(
+            f"{str(path)!r} has format version {metadata['format_version']}, this softprompt reads "
+            f"up to {FORMAT_VERSION}: upgrade softprompt"
+        )
+    if _hash(arrays) != metadata["sha256"]:
+        raise CorruptFile(f"{str(path)!r} is corrupt: its content does not fit its checksum")
+    return arrays, metadata
+
+
+def _hash(arrays: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        x = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name}{x.dtype}{x.shape}".encode())
+        digest.update(x.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+# --- training checkpoints -----------------------------------------------------------------------
+
+
+def _names(state: Any) -> tuple[list[str], list[Any], Any]:
+    leaves, structure = jax.tree_util.tree_flatten_with_path(state)
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+    return names, [leaf for _, leaf in leaves], structure
+
+
+def step_path(model_dir: Path, step: int) -> pathlib.Path:
+    """Where the checkpoint of `step` lies."""
+    return pathlib.Path(model_dir) / "checkpoints" / f"{step}.safetensors"
+
+
+def steps(model_dir: Path) -> list[int]:
+    """Steps with a checkpoint, ascending."""
+    found = (pathlib.Path(model_dir) / "checkpoints").glob("*.safetensors")
+    return sorted(int(p.stem) for p in found if re.fullmatch(r"\d+", p.stem))
+
+
+def save_state(model_dir: Path, state: Any, metadata: Mapping[str, Any], keep: int) -> None:
+    """Saves a train state (a pytree with a `step` leaf) and removes all but the last `keep`."""
+    names, leaves, _ = _names(state)
+    step = int(state["step"])
+    write(step_path(model_dir, step), dict(zip(names, leaves, strict=True)), metadata)
+    for old in steps(model_dir)[:-keep]:
+        step_path(model_dir, old).unlink(missing_ok=True)
+
+
+def restore_state(model_dir: Path, template: Any, say=print) -> tuple[Any, dict[str, Any]] | None:
+    """The newest readable train state, or None where there is no checkpoint at all.
+
+    `template` is a state of the same structure; arrays come back on its shardings. A corrupt file
+    is named through `say`, and the step before it is taken. If every checkpoint is corrupt, that
+    is an error: a run is never silently started over.
+    """
+    names, leaves, structure = _names(template)
+    found = steps(model_dir)
+    for step in reversed(found):
+        path = step_path(model_dir, step)
+        try:
+            arrays, metadata = read(path)
+        except CorruptFile as error:
+            say(f"{error}; falling back to the checkpoint before it")
+            continue
+        expected = dict(zip(names, leaves, strict=True))
+        wrong = sorted(set(names) ^ set(arrays)) or [
+            f"{n}: {arrays[n].shape} instead of {x.shape}"
+            for n, x in expected.items()
+            if arrays[n].shape != x.shape
+        ]
+        if wrong:
+            raise ValueError(
+                f"{str(path)!r} holds the state of another run (other trainable parameters, "
+                f"prompt length or optimizer): {'; '.join(wrong[:8])}. Use another MODEL_DIR"
+            )
+        restored = [
+            jax.device_put(arrays[name].astype(leaf.dtype), leaf.sharding)
+            for name, leaf in expected.items()
+        ]
+        return jax.tree_util.tree_unflatten(structure, restored), metadata
+    if found:
+        raise ValueError(
+            f"every checkpoint in {str(model_dir)!r} is corrupt (steps {found}); remove the folder "
+            f"'checkpoints' to start over"
+        )
+    return None

@@ -1,0 +1,137 @@
+"""Gin: search paths, bindings from the command line, required macros, the operative config.
+
+The only module that imports gin. Gin files name our functions through gin's dynamic registration
+(`from softprompt import launch`), so no other module knows that it is configurable.
+"""
+
+import ast
+import contextlib
+import difflib
+import pathlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import gin
+
+_HERE = pathlib.Path(__file__).parent
+# In a wheel the gin files lie inside the package, in a checkout beside it.
+GIN_FOLDER = next(
+    (p for p in (_HERE / "gin", _HERE.parent / "gin") if (p / "runs").is_dir()), _HERE / "gin"
+)
+
+
+def parse(
+    files: Sequence[str],
+    bindings: Sequence[tuple[str, str]] = (),
+    search_paths: Sequence[str] = (),
+) -> None:
+    """Parses gin files, then `(NAME, value)` bindings over them.
+
+    Files resolve from the working directory, then `search_paths`, then the shipped `gin/` folder.
+
+    Raises:
+      ValueError: a file that is not found, a name that no file knows, a value that does not parse,
+        or required macros without a value (all of them listed).
+    """
+    gin.clear_config()
+    # gin also searches the paths added before; start from the working directory alone.
+    gin.config._LOCATION_PREFIXES[:] = [""]
+    folders = [*search_paths, str(GIN_FOLDER)]
+    for folder in folders:
+        gin.add_config_file_search_path(folder)
+    if not files:
+        raise ValueError(f"no --gin_file given; shipped ones: {', '.join(shipped())}")
+    for file in files:
+        _parse_file(file, folders)
+    known = macros()
+    for name, value in bindings:
+        if "." not in name and name not in known:
+            near = difflib.get_close_matches(name, known, n=3)
+            hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(known)}"
+            raise ValueError(f"--gin.{name}: no gin file given knows the name {name!r}; {hint}")
+        with _one_sentence(f"--gin.{name}={value}"):
+            gin.parse_config(f"{name} = {literal(value)}")
+    missing = [name for name, value in macros().items() if value is gin.REQUIRED]
+    if missing:
+        flags = " ".join(f"--gin.{name}=…" for name in missing)
+        raise ValueError(f"required gin macros have no value: {', '.join(missing)}; give {flags}")
+
+
+def _parse_file(file: str, folders: Sequence[str]) -> None:
+    candidates = [pathlib.Path(file), *(pathlib.Path(folder) / file for folder in folders)]
+    if not any(path.is_file() for path in candidates):
+        near = difflib.get_close_matches(file, shipped(), n=3, cutoff=0.4)
+        raise ValueError(
+            f"no gin file {file!r} in the working directory, {', '.join(map(repr, folders))}"
+            + (f"; did you mean {', '.join(near)}?" if near else "")
+        )
+    with _one_sentence(file):
+        gin.parse_config_file(file)
+
+
+@contextlib.contextmanager
+def _one_sentence(where: str) -> Iterator[None]:
+    """Turns gin's many-line errors into one sentence that says where they arose."""
+    try:
+        yield
+    except (ValueError, SyntaxError, ImportError, AttributeError, OSError, TypeError) as error:
+        message = " ".join(str(error).split())
+        raise ValueError(f"{where}: {message}") from None
+
+
+def literal(value: str) -> str:
+    """A flag's value as gin source: a bare word or path becomes a string, the rest stays.
+
+    >>> literal("/tmp/run"), literal("'/tmp/run'"), literal("300"), literal("@optim.adamw()")
+    ("'/tmp/run'", "'/tmp/run'", '300', '@optim.adamw()')
+    """
+    if value.startswith(("@", "%")):
+        return value
+    try:
+        ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        if re.fullmatch(r"[\w./:~+\- ]*", value):
+            return repr(value)
+    return value
+
+
+def macros() -> dict[str, Any]:
+    """All gin macros and their values, by name."""
+    # gin offers no listing; a macro NAME is stored as the binding NAME/gin.macro.value.
+    found = {}
+    for (scope, selector), values in gin.config._CONFIG.items():
+        if selector == "gin.macro":
+            found[scope] = values.get("value")
+    return dict(sorted(found.items()))
+
+
+def configured(function: Callable) -> Callable:
+    """The function with its gin bindings applied."""
+    return gin.get_configurable(function)
+
+
+@contextlib.contextmanager
+def errors() -> Iterator[None]:
+    """Within it, an error that gin decorated with where it arose is raised as it was meant."""
+    try:
+        yield
+    except Exception as error:
+        message = str(error)
+        # gin appends "\n  In call to configurable …" to the messages it passes on.
+        cut = message.find("\n  In call to configurable")
+        if cut < 0:
+            raise
+        if isinstance(error, TypeError) and "required" in message[:cut].lower():
+            raise ValueError(" ".join(message[:cut].split())) from None
+        raise type(error)(message[:cut]) from None
+
+
+def operative() -> str:
+    """The bindings in force, as a gin file that would give the same run."""
+    return gin.config_str()
+
+
+def shipped() -> list[str]:
+    """Relative names of the gin files that the package carries."""
+    return sorted(str(p.relative_to(GIN_FOLDER)) for p in GIN_FOLDER.rglob("*.gin"))

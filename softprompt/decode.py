@@ -1,0 +1,211 @@
+"""Decoding with a key-value cache, and rank classification.
+
+Each function is pure and jittable. The encoder runs once, and so do the cross-attention keys and
+values; the loop stops when every row is done.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from softprompt import losses
+from softprompt.prompted import PromptedT5
+from softprompt.vocabulary import EOS_ID, PAD_ID
+
+Array = jax.Array
+Params = dict[str, Any]
+# (logits [B, V], key) -> ids [B]
+Choose = Callable[[Array, Array], Array]
+
+
+def _start(module: PromptedT5, params: Params, encoder_ids: Array, length: int, beams: int = 1):
+    variables = {"params": params}
+    encoded, segments = module.apply(variables, encoder_ids, method="encode")
+    cache, cross = module.apply(variables, encoded, length, method="start_decoding")
+    if beams > 1:
+        tile = lambda x: jnp.repeat(x, beams, axis=0)  # noqa: E731
+        cache, cross, segments = jax.tree.map(tile, (cache, cross, segments))
+
+    def step(ids, index, cache):
+        return module.apply(variables, ids, index, cache, cross, segments, method="decode_step")
+
+    return step, cache
+
+
+def _loop(
+    module: PromptedT5,
+    params: Params,
+    encoder_ids: Array,
+    length: int,
+    choose: Choose,
+    key: Array,
+) -> Array:
+    """Ids `[B, length]`, one chosen after the other until EOS; what follows EOS is padding."""
+    step, cache = _start(module, params, encoder_ids, length)
+    rows = encoder_ids.shape[0]
+    ids = jnp.full((rows, length), PAD_ID, jnp.int32)
+    # A row without any input is batch padding: it is done before it begins.
+    done = ~jnp.any(encoder_ids > 0, axis=1)
+
+    def more(carry):
+        index, _, _, done, _ = carry
+        return (index < length) & ~jnp.all(done)
+
+    def body(carry):
+        index, ids, last, done, cache = carry
+        logits, cache = step(last, index, cache)
+        chosen = choose(logits, jax.random.fold_in(key, index)).astype(jnp.int32)
+        chosen = jnp.where(done, PAD_ID, chosen)
+        ids = jax.lax.dynamic_update_slice_in_dim(ids, chosen[:, None], index, axis=1)
+        return index + 1, ids, chosen, done | (chosen == EOS_ID), cache
+
+    first = jnp.full((rows,), PAD_ID, jnp.int32)
+    return jax.lax.while_loop(more, body, (jnp.int32(0), ids, first, done, cache))[1]
+
+
+def greedy(module: PromptedT5, params: Params, encoder_ids: Array, length: int) -> Array:
+    """The likeliest token at every position: ids `[B, length]`."""
+    return _loop(
+        module, params, encoder_ids, length, lambda logits, _: logits.argmax(-1), jax.random.key(0)
+    )
+
+
+def sample(
+    module: PromptedT5,
+    params: Params,
+    encoder_ids: Array,
+    length: int,
+    key: Array,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> Array:
+    """Random ids `[B, length]`.
+
+    Args:
+      temperature: divides the logits; must be positive (`greedy` is the limit 0).
+      top_k: keep the k likeliest tokens (0: all).
+      top_p: keep the smallest set of tokens whose probability reaches p (Holtzman et al. 2020).
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature is {temperature}, expected more than 0; use greedy for 0")
+    if not 0 < top_p <= 1 or top_k < 0:
+        raise ValueError(f"got top_k {top_k}, top_p {top_p}; expected top_k >= 0, 0 < top_p <= 1")
+
+    def choose(logits, key):
+        return jax.random.categorical(key, restrict(logits / temperature, top_k, top_p))
+
+    return _loop(module, params, encoder_ids, length, choose, key)
+
+
+def restrict(logits: Array, top_k: int, top_p: float) -> Array:
+    """Logits `[B, V]` with all but the top-k / top-p tokens at -inf."""
+    if top_k:
+        kth = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][..., -1:]
+        logits = jnp.where(logits < kth, -jnp.inf, logits)
+    if top_p < 1:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        probability = jax.nn.softmax(ordered)
+        # The token that crosses p is kept, so the set is never empty.
+        before = jnp.cumsum(probability, axis=-1) - probability
+        least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return logits
+
+
+def beam(
+    module: PromptedT5,
+    params: Params,
+    encoder_ids: Array,
+    length: int,
+    beams: int = 4,
+    alpha: float = 0.6,
+) -> tuple[Array, Array]:
+    """Beam search: the best ids `[B, length]` and their scores `[B]`.
+
+    A finished hypothesis of n tokens (EOS included) scores its log-probability divided by
+    `((5 + n) / 6) ** alpha` (Wu et al. 2016, equation 14). Hypotheses that reach `length` without
+    EOS count only for rows where none finished.
+    """
+    step, cache = _start(module, params, encoder_ids, length, beams)
+    rows = encoder_ids.shape[0]
+
+    def penalty(n):
+        return ((5.0 + n) / 6.0) ** alpha
+
+    def take(x, which):
+        return jnp.take_along_axis(x, which[..., None] if x.ndim == 3 else which, axis=1)
+
+    def body(carry):
+        index, last, alive, alive_scores, finished, finished_scores, cache = carry
+        logits, cache = step(last.reshape(-1), index, cache)
+        vocab = logits.shape[-1]
+        scores = jax.nn.log_softmax(logits).reshape(rows, beams, vocab) + alive_scores[..., None]
+        # 2K candidates hold at least K that do not end here.
+        top, flat = jax.lax.top_k(scores.reshape(rows, -1), 2 * beams)
+        parent, token = flat // vocab, (flat % vocab).astype(jnp.int32)
+        ids = jax.lax.dynamic_update_slice_in_dim(take(alive, parent), token[..., None], index, 2)
+        ends = token == EOS_ID
+
+        ended_scores = jnp.where(ends, top / penalty(index + 1), -jnp.inf)
+        all_scores = jnp.concatenate([finished_scores, ended_scores], axis=1)
+        finished_scores, kept = jax.lax.top_k(all_scores, beams)
+        finished = take(jnp.concatenate([finished, ids], axis=1), kept)
+
+        alive_scores, kept = jax.lax.top_k(jnp.where(ends, -jnp.inf, top), beams)
+        alive, last, parent = take(ids, kept), take(token, kept), take(parent, kept)
+        origin = (jnp.arange(rows)[:, None] * beams + parent).reshape(-1)
+        cache = jax.tree.map(lambda x: x[origin], cache)
+        return index + 1, last, alive, alive_scores, finished, finished_scores, cache
+
+    def more(carry):
+        index, _, _, alive_scores, _, finished_scores, _ = carry
+        # Log-probabilities only fall: the best an alive beam can still score.
+        hope = alive_scores[:, 0] / penalty(length)
+        settled = finished_scores[:, -1] > hope
+        empty = ~jnp.any(encoder_ids > 0, axis=1)
+        return (index < length) & ~jnp.all(settled | empty)
+
+    ids = jnp.full((rows, beams, length), PAD_ID, jnp.int32)
+    start = jnp.full((rows, beams), -jnp.inf)
+    carry = (
+        jnp.int32(0),
+        jnp.full((rows, beams), PAD_ID, jnp.int32),
+        ids,
+        start.at[:, 0].set(0.0),
+        ids,
+        start,
+        cache,
+    )
+    _, _, alive, alive_scores, finished, finished_scores, _ = jax.lax.while_loop(more, body, carry)
+    some = jnp.isfinite(finished_scores[:, 0])
+    best = jnp.where(some[:, None], finished[:, 0], alive[:, 0])
+    return best, jnp.where(some, finished_scores[:, 0], alive_scores[:, 0] / penalty(length))
+
+
+def score_labels(module: PromptedT5, params: Params, encoder_ids: Array, label_ids: Array) -> Array:
+    """Log-likelihood `[B, C]` of each label `[C, L]` (with EOS, padded by 0) for each row.
+
+    All labels of a row lie in one decoder row as segments, so that cross-attention keys and values
+    are made once per row, not once per label.
+    """
+    rows = encoder_ids.shape[0]
+    count, length = label_ids.shape
+    variables = {"params": params}
+    encoded, segments = module.apply(variables, encoder_ids, method="encode")
+    flat = losses.shift_right(label_ids).reshape(1, -1)
+    label_of = jnp.repeat(jnp.arange(1, count + 1), length)[None]
+    logits = module.apply(
+        variables,
+        encoded,
+        segments,
+        jnp.tile(flat, (rows, 1)),
+        jnp.tile(label_of, (rows, 1)),
+        jnp.ones((rows, count * length), segments.dtype),
+        method=lambda m, *args: m.t5.decode(*args[:4], cross_segments=args[4]),
+    )
+    targets = jnp.tile(label_ids.reshape(1, -1), (rows, 1))
+    likelihood = losses.token_log_likelihood(logits, targets) * (targets > 0)
+    return likelihood.reshape(rows, count, length).sum(-1)

@@ -1,0 +1,259 @@
+"""Evaluation: predictions of a prompted model, judged by a task's own metrics."""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from softprompt import checkpoint, data, decode, losses, partition, tree
+from softprompt.backbone import Backbone
+from softprompt.prompted import PromptedT5
+from softprompt.vocabulary import EOS_ID, Vocabulary
+
+GENERATE = "generate"
+RANK = "rank"
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalTask:
+    """What is evaluated on: examples, and how predicted strings become figures.
+
+    Attributes:
+      examples: tokenised, with their records.
+      labels: the label strings, index = class id, or None where any text may be the answer.
+      judge: predicted strings, in the examples' order, to figures.
+    """
+
+    examples: data.Examples
+    labels: Sequence[str] | None
+    judge: Callable[[list[str]], dict[str, float]]
+
+    @property
+    def name(self) -> str:
+        return self.examples.name
+
+
+def from_task(
+    task: Any, split: str, lengths: Mapping[str, int], vocabulary: Vocabulary
+) -> EvalTask:
+    """A seqio task's split with its postprocessor and metric functions."""
+    examples = data.from_task(task, split, lengths)
+    targets = [
+        task.postprocess_fn(vocabulary.decode(record["targets"]), example=record, is_target=True)
+        for record in examples.records
+    ]
+
+    def judge(predictions: list[str]) -> dict[str, float]:
+        answers = [
+            task.postprocess_fn(text, example=record, is_target=False)
+            for text, record in zip(predictions, examples.records, strict=True)
+        ]
+        figures: dict[str, float] = {}
+        for metric_fn in task.predict_metric_fns:
+            found = metric_fn(targets, answers)
+            figures |= {k: float(getattr(v, "value", v)) for k, v in found.items()}
+        return figures
+
+    return EvalTask(examples, label_classes(task), judge)
+
+
+def label_classes(task: Any) -> list[str] | None:
+    """The label strings of a seqio task, which its postprocessor carries (None: free text)."""
+    keywords = getattr(task.postprocessor, "keywords", None) or {}
+    labels = keywords.get("label_classes")
+    return None if labels is None else list(labels)
+
+
+def from_pairs(examples: data.Examples, labels: Sequence[str] | None) -> EvalTask:
+    """(text, target) examples judged by accuracy in per cent, and illegal outputs where there are labels."""
+    targets = [record["targets_pretokenized"] for record in examples.records]
+
+    def judge(predictions: list[str]) -> dict[str, float]:
+        hits = [p == t for p, t in zip(predictions, targets, strict=True)]
+        figures = {"accuracy": 100 * float(np.mean(hits))}
+        if labels is not None:
+            figures["illegal"] = float(sum(p not in labels for p in predictions))
+        return figures
+
+    return EvalTask(examples, labels, judge)
+
+
+def encode_labels(labels: Sequence[str], vocabulary: Vocabulary) -> np.ndarray:
+    """Label ids `[C, L]` with EOS, padded with 0. Labels that share their ids are an error."""
+    rows = [np.array([*vocabulary.encode(text), EOS_ID], np.int32) for text in labels]
+    seen: dict[tuple[int, ...], str] = {}
+    for text, ids in zip(labels, rows, strict=True):
+        if other := seen.setdefault(tuple(ids.tolist()), text) != text:
+            other = seen[tuple(ids.tolist())]
+            raise ValueError(f"the labels {other!r} and {text!r} have the same tokens")
+    return data.pad(rows, len(rows), max(map(len, rows)))
+
+
+class Predictor:
+    """Predicts strings for examples; compiles once per shape.
+
+    Args:
+      backbone: for its architecture, vocabulary and mesh; parameters are passed at each call.
+      prompt_length: P slots before every input (0: none).
+      mode: 'generate' decodes text, 'rank' picks the likeliest of the task's labels.
+      beams: beam search with so many beams; 1 is greedy.
+      temperature, top_k, top_p: sampling, when temperature > 0.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        prompt_length: int,
+        mode: str = GENERATE,
+        batch_size: int = 32,
+        decode_length: int = 64,
+        beams: int = 1,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ):
+        if mode not in (GENERATE, RANK):
+            raise ValueError(f"EVAL_MODE is {mode!r}, expected {GENERATE!r} or {RANK!r}")
+        if backbone.vocabulary is None:
+            raise ValueError(
+                f"the backbone {backbone.name!r} has no vocabulary to predict text with"
+            )
+        self.backbone = backbone
+        self.mode = mode
+        # A batch is split over the mesh's data axis.
+        self.batch_size = data.round_up(batch_size, backbone.mesh.shape["data"])
+        self.slots = backbone.cfg.vocab_size + np.arange(prompt_length, dtype=np.int32)
+        self.decode_length = decode_length
+        module = PromptedT5(dataclasses.replace(backbone.cfg, dropout_rate=0.0), prompt_length)
+
+        def generate(flat, ids, key):
+            params = tree.unflatten(flat)
+            if temperature > 0:
+                return decode.sample(
+                    module, params, ids, decode_length, key, temperature, top_k, top_p
+                )
+            if beams > 1:
+                return decode.beam(module, params, ids, decode_length, beams)[0]
+            return decode.greedy(module, params, ids, decode_length)
+
+        self._generate = jax.jit(generate)
+        self._score = jax.jit(
+            lambda flat, ids, labels: decode.score_labels(module, tree.unflatten(flat), ids, labels)
+        )
+        self._loss = jax.jit(functools.partial(_token_loss, module))
+        self._key = jax.random.key(seed)
+        self._rows = partition.batch_sharding(backbone.mesh)
+
+    def _batches(self, examples: data.Examples):
+        for indices, batch in data.eval_batches(examples, self.batch_size, self.slots):
+            yield indices, jax.device_put(batch, self._rows)
+
+    def generate(self, flat: tree.Flat, examples: data.Examples) -> list[str]:
+        """A decoded string per example."""
+        texts = [""] * len(examples)
+        for number, (indices, batch) in enumerate(self._batches(examples)):
+            key = jax.random.fold_in(self._key, number)
+            ids = np.asarray(self._generate(flat, batch["encoder_ids"], key))
+            for i, row in zip(indices, ids, strict=False):
+                texts[i] = self.backbone.vocabulary.decode(row)
+        return texts
+
+    def score(self, flat: tree.Flat, examples: data.Examples, labels: Sequence[str]) -> np.ndarray:
+        """Log-likelihood `[examples, C]` of each label."""
+        label_ids = jnp.asarray(encode_labels(labels, self.backbone.vocabulary))
+        scores = np.zeros((len(examples), len(labels)), np.float32)
+        for indices, batch in self._batches(examples):
+            found = np.asarray(self._score(flat, batch["encoder_ids"], label_ids))
+            scores[indices] = found[: len(indices)]
+        return scores
+
+    def loss(self, flat: tree.Flat, examples: data.Examples) -> float:
+        """Mean cross-entropy in nats per target token."""
+        total = np.zeros(2)
+        for _, batch in self._batches(examples):
+            total += np.asarray(self._loss(flat, batch))
+        return float(total[0] / total[1])
+
+    def predict(self, flat: tree.Flat, task: EvalTask) -> tuple[list[str], np.ndarray | None]:
+        """Predicted strings, and label scores where labels were ranked.
+
+        A task without labels is always generated.
+        """
+        if self.mode == RANK and task.labels is not None:
+            scores = self.score(flat, task.examples, task.labels)
+            return [task.labels[i] for i in scores.argmax(-1)], scores
+        return self.generate(flat, task.examples), None
+
+
+def _token_loss(module: PromptedT5, flat: tree.Flat, batch) -> jax.Array:
+    decoder_ids = losses.shift_right(batch["targets"])
+    logits = module.apply({"params": tree.unflatten(flat)}, batch["encoder_ids"], decoder_ids)
+    return jnp.stack(losses.cross_entropy(logits, batch["targets"]))
+
+
+def evaluate(
+    predictor: Predictor,
+    flat: tree.Flat,
+    tasks: Sequence[EvalTask],
+    folder: str | os.PathLike | None = None,
+    step: int | None = None,
+) -> dict[str, float]:
+    """Figures of all tasks, named `metric` for one task and `task/metric` for several.
+
+    With `folder`, predictions are written to `<folder>/predictions/<task>[-<step>].jsonl`.
+    """
+    figures = {}
+    for task in tasks:
+        predictions, scores = predictor.predict(flat, task)
+        prefix = f"{task.name}/" if len(tasks) > 1 else ""
+        figures |= {prefix + name: value for name, value in task.judge(predictions).items()}
+        if folder is not None:
+            suffix = "" if step is None else f"-{step}"
+            path = pathlib.Path(folder) / "predictions" / f"{task.name}{suffix}.jsonl"
+            write_predictions(path, task, predictions, scores)
+    return figures
+
+
+def write_predictions(
+    path: str | os.PathLike,
+    task: EvalTask,
+    predictions: Sequence[str],
+    scores: np.ndarray | None,
+) -> None:
+    """One JSON object per example: input, target, prediction, and label scores if there are any."""
+    lines = []
+    for i, (record, prediction) in enumerate(zip(task.examples.records, predictions, strict=True)):
+        row = {
+            "input": plain(record.get("inputs_pretokenized", "")),
+            "target": plain(record.get("targets_pretokenized", "")),
+            "prediction": prediction,
+        }
+        if "idx" in record:
+            row["idx"] = plain(record["idx"])
+        if scores is not None:
+            row["scores"] = {
+                label: round(float(s), 4) for label, s in zip(task.labels, scores[i], strict=True)
+            }
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    checkpoint.write_atomically(path, "".join(lines).encode())
+
+
+def plain(value: Any) -> Any:
+    """A record's field as JSON can hold it."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, np.generic):
+        return plain(value.item())
+    if isinstance(value, np.ndarray):
+        return [plain(x) for x in value.tolist()] if value.ndim else plain(value.item())
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    return value

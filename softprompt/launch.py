@@ -1,0 +1,444 @@
+"""The three binaries behind `softprompt train | eval | infer`: from gin's values to a run."""
+
+import dataclasses
+import importlib
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from softprompt import backbone as backbones
+from softprompt import checkpoint, config, data, evaluation, optim, partition, prompt, tree
+from softprompt import train as training
+from softprompt.backbone import Backbone
+from softprompt.logbook import duration, say, size
+from softprompt.vocabulary import Vocabulary
+
+Path = str | os.PathLike
+
+
+@dataclasses.dataclass(frozen=True)
+class UserData:
+    """A user's own data set, as files: see `softprompt.tasks.user.register_task`."""
+
+    train_file: str | None = None
+    validation_file: str | None = None
+    test_file: str | None = None
+    template: str = "{text}"
+    target: str = "label"
+    labels: Sequence[str] | None = None
+
+
+def _load_tasks(name: str, modules: str | Sequence[str] | None, user: UserData | None):
+    """Imports the modules that register tasks; returns seqio's tasks and rates under `name`."""
+    for module in [modules] if isinstance(modules, str) else modules or []:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"MIXTURE_OR_TASK_MODULE {module!r}: {error}") from None
+    if user and (user.train_file or user.validation_file or user.test_file):
+        from softprompt.tasks.user import register_task
+
+        files = {
+            split: getattr(user, f"{split}_file")
+            for split in ("train", "validation", "test")
+            if getattr(user, f"{split}_file")
+        }
+        register_task(
+            name,
+            **{f"{split}_file": path for split, path in files.items()},
+            template=user.template,
+            target=user.target,
+            labels=user.labels,
+        )
+    return data.get_tasks(name)
+
+
+def _load_backbone(
+    path: str | None,
+    architecture: str | None,
+    vocabulary_file: str | None,
+    mesh: jax.sharding.Mesh,
+    dtype: str,
+    dropout_rate: float,
+    seed: int,
+) -> Backbone:
+    from softprompt import t5
+
+    if path is not None:
+        loaded = backbones.load(path, dtype, dropout_rate, mesh)
+        if architecture is not None:
+            expected = t5.config(architecture).to_json()
+            if loaded.cfg.to_json() != expected:
+                raise ValueError(
+                    f"INITIAL_CHECKPOINT_PATH {path!r} holds the architecture "
+                    f"{loaded.cfg.to_json()}, ARCHITECTURE {architecture!r} is {expected}"
+                )
+        return loaded
+    if architecture is None:
+        raise ValueError("give INITIAL_CHECKPOINT_PATH, or ARCHITECTURE to start from scratch")
+    vocabulary = Vocabulary(vocabulary_file) if vocabulary_file else None
+    cfg = t5.config(architecture, dropout_rate, dtype)
+    return backbones.random(cfg, seed, vocabulary, mesh, name=architecture)
+
+
+def _use_vocabulary(backbone: Backbone) -> Vocabulary:
+    from softprompt.tasks import features
+
+    if backbone.vocabulary is None:
+        raise ValueError(f"the backbone {backbone.name!r} has no vocabulary; give VOCABULARY_FILE")
+    features.use_vocabulary(backbone.vocabulary.path)
+    return backbone.vocabulary
+
+
+def train(
+    model_dir: Path,
+    mixture_or_task_name: str,
+    task_feature_lengths: Mapping[str, int],
+    train_steps: int,
+    batch_size: int = 32,
+    initial_checkpoint_path: str | None = None,
+    architecture: str | None = None,
+    vocabulary_file: str | None = None,
+    mixture_or_task_module: str | Sequence[str] | None = "softprompt.tasks.registry",
+    user_data: UserData | None = None,
+    text_corpus: Path | None = None,
+    prompt_length: int = 100,
+    prompt_init: prompt.Initializer = prompt.random_uniform,
+    trainable: Sequence[str] = ("prompt/.*",),
+    frozen: Sequence[str] = (".*",),
+    optimizer: Callable[[], optax.GradientTransformation] = optim.adafactor,
+    mesh: Callable[[], jax.sharding.Mesh] = partition.make_mesh,
+    dropout_rate: float = 0.0,
+    dtype: str = "float32",
+    stream: bool = False,
+    eval_split: str = "validation",
+    eval_examples: int | None = None,
+    eval_mode: str = evaluation.GENERATE,
+    eval_batch_size: int = 32,
+    eval_period: int = 0,
+    best_metric: str | None = None,
+    patience: int = 0,
+    checkpoint_period: int = 1000,
+    keep_checkpoints: int = 2,
+    log_period: int = 100,
+    seed: int = 0,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    backbone_name: str | None = None,
+    backbone_dtype: str = "float32",
+) -> training.Result:
+    """Trains a prompt (or whatever `trainable` names) on a seqio task or mixture.
+
+    `text_corpus` is the folder of text shards of the pre-training tasks. With `stream`, batches are read as they are needed (pre-training text) and the evaluation is
+    the loss on the first `eval_examples` of `eval_split`; else examples lie in memory and the
+    task's own metrics are evaluated. Writes to `model_dir` what the README lists.
+    """
+    began = time.monotonic()
+    folder = pathlib.Path(model_dir)
+    devices = mesh()
+    backbone = _load_backbone(
+        initial_checkpoint_path, architecture, vocabulary_file, devices, dtype, dropout_rate, seed
+    )
+    vocabulary = _use_vocabulary(backbone)
+    if text_corpus is not None:
+        from softprompt.tasks import pretraining
+
+        pretraining.use_corpus(text_corpus)
+    tasks = _load_tasks(mixture_or_task_name, mixture_or_task_module, user_data)
+    batch_size = data.round_up(batch_size, devices.shape["data"])
+    slots = backbone.cfg.vocab_size + np.arange(prompt_length, dtype=np.int32)
+
+    class_labels = evaluation.label_classes(tasks[0][0])
+    initial = None
+    if prompt_length:
+        initial = prompt_init(
+            jax.random.key(seed),
+            prompt_length,
+            prompt.Source(
+                np.asarray(backbone.params["token_embedder/embedding"], np.float32),
+                vocabulary,
+                class_labels,
+            ),
+        )
+    if stream:
+        batches = data.stream_batches(
+            mixture_or_task_name, "train", task_feature_lengths, batch_size, seed
+        )
+        held_out = [
+            data.first_examples(task, eval_split, task_feature_lengths, eval_examples or 256)
+            for task, _ in tasks
+        ]
+    else:
+        parts = [data.from_task(task, "train", task_feature_lengths) for task, _ in tasks]
+        for part in parts:
+            if message := data.cut_message(part, task_feature_lengths):
+                say(message)
+        batches = data.train_batches(parts, [r for _, r in tasks], batch_size, seed, slots)
+        held_out = [
+            evaluation.from_task(task, eval_split, task_feature_lengths, vocabulary)
+            for task, _ in tasks
+            if eval_split in task.splits
+        ]
+    predictor = evaluation.Predictor(
+        backbone,
+        prompt_length,
+        eval_mode,
+        eval_batch_size,
+        decode_length=task_feature_lengths["targets"],
+        seed=seed,
+    )
+
+    def run_evaluation(flat: tree.Flat, step: int) -> dict[str, float]:
+        if stream:
+            losses = [predictor.loss(flat, examples) for examples in held_out]
+            return {"loss": float(np.mean(losses))}
+        return evaluation.evaluate(predictor, flat, held_out, folder / "eval", step)
+
+    only_prompt = all(pattern.startswith("prompt/") for pattern in trainable)
+    about = {
+        "backbone": backbone.name,
+        "backbone_fingerprint": backbone.fingerprint,
+        "task": mixture_or_task_name,
+        "prompt_length": prompt_length,
+        "initialisation": getattr(prompt_init, "__name__", str(prompt_init)),
+        "seed": seed,
+    }
+
+    def save(path: pathlib.Path, trained: dict[str, np.ndarray], note: dict[str, Any]) -> None:
+        if training.PROMPT in trained:
+            prompt.save(f"{path}.safetensors", trained[training.PROMPT], {**about, **note})
+
+    _write_run_files(folder, backbone, about)
+    count = tree.count({k: v for k, v in backbone.params.items()})
+    say(
+        f"backbone {backbone.name} ({count / 1e6:.1f}M parameters, fingerprint "
+        f"{backbone.fingerprint}), mesh {dict(devices.shape)}, prompt length {prompt_length}, "
+        f"task {mixture_or_task_name}, ready after {duration(time.monotonic() - began)}"
+    )
+    result = training.fit(
+        backbone,
+        batches,
+        optimizer(),
+        train_steps,
+        prompt=initial,
+        trainable=trainable,
+        frozen=frozen,
+        evaluate=run_evaluation if held_out else None,
+        eval_period=eval_period,
+        best_metric="-loss" if stream and best_metric is None else best_metric,
+        patience=patience,
+        checkpoint_period=checkpoint_period,
+        keep=keep_checkpoints,
+        log_period=log_period,
+        model_dir=folder,
+        save=save,
+        identity={**about, "batch_size": batch_size, "trainable": list(trainable)},
+        seed=seed,
+        z_loss=z_loss,
+        label_smoothing=label_smoothing,
+    )
+    if result.interrupted:
+        return result
+    if only_prompt:
+        after = tree.fingerprint(backbone.params)
+        path = folder / "prompts" / "best.safetensors"
+        say(f"backbone fingerprint before {backbone.fingerprint}, after {after}")
+        say(f"best prompt of step {result.best_step}: {path} ({size(path.stat().st_size)})")
+    else:
+        merged = {**backbone.params, **result.best}
+        merged.pop(training.PROMPT, None)
+        out = folder / "backbone"
+        print_name = backbones.save(
+            out,
+            backbone_name or backbone.name,
+            backbone.cfg,
+            merged,
+            vocabulary.path,
+            backbone_dtype,
+            {"task": mixture_or_task_name, "step": result.best_step, "metrics": result.metrics},
+        )
+        say(f"tuned backbone of step {result.best_step}: {out} (fingerprint {print_name})")
+    return result
+
+
+def _write_run_files(folder: pathlib.Path, backbone: Backbone, about: Mapping[str, Any]) -> None:
+    checkpoint.write_atomically(folder / "config.gin", config.operative().encode())
+    facts = {
+        **about,
+        "command": sys.argv,
+        "versions": versions(),
+        "commit": _commit(),
+        "devices": [str(d) for d in jax.devices()],
+        "platform": platform.platform(),
+        "mesh": dict(backbone.mesh.shape),
+    }
+    checkpoint.write_atomically(folder / "run.json", json.dumps(facts, indent=2).encode())
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run's figures depend on."""
+    from importlib import metadata
+
+    names = ("softprompt", "jax", "jaxlib", "flax", "optax", "seqio", "numpy", "sentencepiece")
+    return {"python": platform.python_version(), **{n: metadata.version(n) for n in names}}
+
+
+def _commit() -> str | None:
+    """The commit of a checkout, None for an installed package."""
+    root = pathlib.Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    found = subprocess.run(
+        ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or None
+
+
+def _prompted(
+    backbone: Backbone, prompt_file: Path | None, ignore_fingerprint: bool
+) -> tuple[tree.Flat, int]:
+    """Parameters with the prompt in `prompt_file`, and its length (0 for None)."""
+    flat = dict(backbone.params)
+    if prompt_file is None:
+        return flat, 0
+    array, metadata = prompt.load(prompt_file)
+    prompt.check_backbone(prompt_file, array, metadata, backbone, ignore_fingerprint)
+    flat[training.PROMPT] = jax.device_put(array, partition.replicated(backbone.mesh))
+    return flat, len(array)
+
+
+def eval(
+    mixture_or_task_name: str,
+    task_feature_lengths: Mapping[str, int],
+    initial_checkpoint_path: str,
+    prompt_file: Path | None = None,
+    eval_output_dir: Path | None = None,
+    mixture_or_task_module: str | Sequence[str] | None = "softprompt.tasks.registry",
+    user_data: UserData | None = None,
+    split: str = "validation",
+    eval_mode: str = evaluation.GENERATE,
+    batch_size: int = 32,
+    beams: int = 1,
+    mesh: Callable[[], jax.sharding.Mesh] = partition.make_mesh,
+    dtype: str = "float32",
+    ignore_fingerprint: bool = False,
+) -> dict[str, float]:
+    """Evaluates a prompt (None: the bare backbone) on a task's split; prints the figures as JSON."""
+    backbone = backbones.load(initial_checkpoint_path, dtype, mesh=mesh())
+    vocabulary = _use_vocabulary(backbone)
+    flat, length = _prompted(backbone, prompt_file, ignore_fingerprint)
+    tasks = [
+        evaluation.from_task(task, split, task_feature_lengths, vocabulary)
+        for task, _ in _load_tasks(mixture_or_task_name, mixture_or_task_module, user_data)
+    ]
+    for task in tasks:
+        if message := data.cut_message(task.examples, task_feature_lengths):
+            say(message)
+    predictor = evaluation.Predictor(
+        backbone, length, eval_mode, batch_size, task_feature_lengths["targets"], beams
+    )
+    figures = evaluation.evaluate(predictor, flat, tasks, eval_output_dir)
+    say(json.dumps({"task": mixture_or_task_name, "split": split, **figures}))
+    if eval_output_dir is not None:
+        checkpoint.write_atomically(
+            pathlib.Path(eval_output_dir) / f"{mixture_or_task_name}.json",
+            json.dumps(figures, indent=2).encode(),
+        )
+    return figures
+
+
+INFER_CHUNK = 512
+
+
+def infer(
+    input_file: Path,
+    output_file: Path,
+    initial_checkpoint_path: str,
+    prompt_file: Path | None = None,
+    template: str = "{text}",
+    labels: Sequence[str] | None = None,
+    task_feature_lengths: Mapping[str, int] | None = None,
+    batch_size: int = 32,
+    beams: int = 1,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    mesh: Callable[[], jax.sharding.Mesh] = partition.make_mesh,
+    dtype: str = "float32",
+    ignore_fingerprint: bool = False,
+) -> int:
+    """Predicts a text (or, with `labels`, the likeliest label) for each row of a JSONL or CSV file.
+
+    Each output line is the row's fields and `prediction`. A run that was stopped goes on where its
+    output file ends. Returns the number of rows.
+    """
+    from softprompt.tasks import records
+
+    lengths = task_feature_lengths or {"inputs": 512, "targets": 64}
+    rows = list(records.read(input_file))
+    texts = [records.fill(template, row) for row in rows]
+    backbone = backbones.load(initial_checkpoint_path, dtype, mesh=mesh())
+    flat, length = _prompted(backbone, prompt_file, ignore_fingerprint)
+    mode = evaluation.RANK if labels else evaluation.GENERATE
+    predictor = evaluation.Predictor(
+        backbone,
+        length,
+        mode,
+        batch_size,
+        lengths["targets"],
+        beams,
+        temperature,
+        top_k,
+        top_p,
+        seed,
+    )
+    partial = pathlib.Path(f"{output_file}.partial")
+    done = _complete_lines(partial)
+    if done:
+        say(f"going on after {done} rows of {partial}")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    began, first = time.monotonic(), done
+    with open(partial, "a", encoding="utf-8") as out:
+        while done < len(rows):
+            chunk = slice(done, done + INFER_CHUNK)
+            pairs = [(text, "") for text in texts[chunk]]
+            examples = data.from_pairs(pairs, backbone.vocabulary, lengths, str(input_file))
+            if message := data.cut_message(examples, lengths):
+                say(message)
+            task = evaluation.EvalTask(examples, labels, lambda _: {})
+            predictions, _ = predictor.predict(flat, task)
+            for row, predicted in zip(rows[chunk], predictions, strict=True):
+                fields = {k: v for k, v in row.fields.items()}
+                out.write(json.dumps({**fields, "prediction": predicted}, ensure_ascii=False))
+                out.write("\n")
+            out.flush()
+            done += len(predictions)
+            rate = (done - first) / (time.monotonic() - began)
+            say(
+                f"{done}/{len(rows)} rows  {rate:.1f} rows/s  {duration((len(rows) - done) / rate)} left"
+            )
+    os.replace(partial, output_file)
+    say(f"{len(rows)} predictions in {output_file}")
+    return len(rows)
+
+
+def _complete_lines(path: pathlib.Path) -> int:
+    """Number of whole lines of a file; a torn last line is cut off."""
+    if not path.exists():
+        return 0
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        checkpoint.write_atomically(path, whole)
+    return whole.count(b"\n")

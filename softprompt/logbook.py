@@ -1,0 +1,100 @@
+"""Where a run's figures go: lines on the terminal, JSON Lines, TensorBoard events."""
+
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Mapping
+
+from softprompt import checkpoint
+
+
+def say(line: str) -> None:
+    """Prints a line at once, also into a pipe."""
+    print(line, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """`95` as `1m35s`."""
+    seconds = round(seconds)
+    hours, minutes = divmod(seconds // 60, 60)
+    if hours:
+        return f"{hours}h{minutes:02}m"
+    return f"{minutes}m{seconds % 60:02}s" if minutes else f"{seconds}s"
+
+
+def size(count: int) -> str:
+    """`102400` bytes as `100.0 KiB`."""
+    value = float(count)
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            return f"{int(value)} bytes" if unit == "bytes" else f"{value:.1f} {unit}"
+        value /= 1024
+
+
+class Logbook:
+    """Figures by step, in `<model_dir>/<name>.jsonl` and TensorBoard, cut back when a run resumes.
+
+    With `model_dir` None nothing is written.
+    """
+
+    def __init__(self, model_dir: str | os.PathLike | None, start: int):
+        self.folder = None if model_dir is None else pathlib.Path(model_dir)
+        self._events = None
+        self._start = start
+        self._began = time.monotonic()
+        if self.folder is not None:
+            for path in (self.folder / "train.jsonl", self.folder / "eval" / "metrics.jsonl"):
+                _cut_after(path, start)
+
+    def write(self, name: str, step: int, figures: Mapping[str, float]) -> None:
+        """Appends figures at `step` to `<name>.jsonl` and to the TensorBoard events."""
+        if self.folder is None:
+            return
+        path = self.folder / f"{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **figures}) + "\n")
+        except OSError as error:
+            raise ValueError(f"cannot write {str(path)!r}: {error.strerror}") from error
+        if self._events is None:
+            from tensorboardX import SummaryWriter
+
+            purge = self._start + 1 if self._start else None
+            self._events = SummaryWriter(str(self.folder), purge_step=purge)
+        prefix = pathlib.PurePath(name).parts[0]
+        for key, value in figures.items():
+            self._events.add_scalar(f"{prefix}/{key}", value, step)
+
+    def progress(self, step: int, last: int, loss: float, note: str = "") -> None:
+        """One line: step, loss, rate, time left."""
+        elapsed = max(time.monotonic() - self._began, 1e-9)
+        rate = (step - self._start) / elapsed
+        left = duration((last - step) / rate) if rate else "?"
+        say(f"step {step}/{last}  loss {loss:.4f}  {rate:.2f} steps/s  {left} left{note}")
+
+    def close(self) -> None:
+        """Flushes the events."""
+        if self._events is not None:
+            self._events.close()
+
+
+def _cut_after(path: pathlib.Path, step: int) -> None:
+    """Drops lines of steps after `step`, and a torn last line, so that a resumed run rewrites them."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            continue
+    checkpoint.write_atomically(path, "".join(kept).encode())
+
+
+def warn(line: str) -> None:
+    """A line on standard error."""
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,81 @@
+"""Sharding over a device mesh (data × model) from one table of logical axis names.
+
+One device is a 1×1 mesh, not another branch.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from softprompt import tree
+
+# Logical axis of a parameter or batch -> mesh axis (None: replicated). Heads shard through
+# "joined_kv"; "heads" alone is the relative bias, too small to be worth a shard.
+LOGICAL_AXIS_RULES: tuple[tuple[str, str | None], ...] = (
+    ("batch", "data"),
+    ("vocab", "model"),
+    ("joined_kv", "model"),
+    ("mlp", "model"),
+    ("heads", None),
+    ("relpos_buckets", None),
+    ("embed", None),
+    ("prompt", None),
+)
+
+
+def make_mesh(data: int = -1, model: int = 1, devices: int | None = None) -> Mesh:
+    """A mesh of `data × model` devices; `data = -1` takes what `model` leaves of all devices."""
+    available = jax.devices()[:devices]
+    if data == -1:
+        data = len(available) // model
+    if data * model != len(available) or data < 1:
+        raise ValueError(
+            f"a mesh of {data} (data) x {model} (model) needs {data * model} devices, "
+            f"got {len(available)}"
+        )
+    return Mesh(np.array(available).reshape(data, model), ("data", "model"))
+
+
+def spec(axes: tuple[str, ...]) -> PartitionSpec:
+    """Mesh axes of logical `axes`; a name that the table lacks is an error."""
+    rules = dict(LOGICAL_AXIS_RULES)
+    unknown = [name for name in axes if name not in rules]
+    if unknown:
+        raise ValueError(f"no sharding rule for the logical axes {unknown}; rules: {rules}")
+    return PartitionSpec(*(rules[name] for name in axes))
+
+
+def shardings(variables: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedSharding]:
+    """A sharding for each flat parameter path, from a module's (abstract) variables.
+
+    `variables` holds `params` and `params_axes`, as `module.init` under `jax.eval_shape` returns
+    them. A dimension that its mesh axis does not divide is an error naming both.
+    """
+    params = tree.flatten(variables["params"])
+    axes = tree.flatten(variables["params_axes"])
+    result = {}
+    for path, x in params.items():
+        names = axes[f"{path}_axes"].names
+        partition = spec(names)
+        for size, name, mesh_axis in zip(x.shape, names, partition, strict=True):
+            if mesh_axis and size % mesh.shape[mesh_axis]:
+                raise ValueError(
+                    f"{path}: its axis {name!r} has {size} entries, which {mesh.shape[mesh_axis]} "
+                    f"devices of the mesh axis {mesh_axis!r} do not divide; choose another "
+                    f"number of model partitions"
+                )
+        result[path] = NamedSharding(mesh, partition)
+    return result
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch over the data axis."""
+    return NamedSharding(mesh, spec(("batch",)))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same value on every device."""
+    return NamedSharding(mesh, PartitionSpec())

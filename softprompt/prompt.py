@@ -1,0 +1,182 @@
+"""Initialisers and files of prompts (Lester et al. 2021, section 2 and 3.2).
+
+An initialiser is a function `(key, length, source) -> [P, H]` float32, where `source` shows it the
+backbone's embedding `[V, H]` and vocabulary. Each one has a gin file in `gin/prompts/`.
+"""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from softprompt import checkpoint
+from softprompt.vocabulary import Vocabulary
+
+# Lester et al. 2021, section 3.2: sampled from "the 5,000 most common tokens", which are the first
+# ones of a SentencePiece vocabulary, sorted by likelihood.
+POPULATION = 5000
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What an initialiser may look at: embedding `[V, H]` float32, vocabulary, class labels."""
+
+    embedding: np.ndarray
+    vocabulary: Vocabulary | None = None
+    class_labels: Sequence[str] | None = None
+
+
+Initializer = Callable[[jax.Array, int, Source], np.ndarray]
+
+
+def random_uniform(key: jax.Array, length: int, source: Source, scale: float = 0.5) -> np.ndarray:
+    """Uniform in [-scale, scale]."""
+    shape = (length, source.embedding.shape[1])
+    return np.asarray(jax.random.uniform(key, shape, minval=-scale, maxval=scale))
+
+
+def sampled_vocab(
+    key: jax.Array, length: int, source: Source, population_size: int = POPULATION
+) -> np.ndarray:
+    """Embeddings of tokens drawn from the `population_size` most frequent ones.
+
+    Without replacement while the population lasts.
+    """
+    real = source.vocabulary.size if source.vocabulary else len(source.embedding)
+    population = min(population_size, real)
+    ids = jax.random.choice(key, population, (length,), replace=length > population)
+    return np.asarray(source.embedding[np.asarray(ids)], np.float32)
+
+
+def class_labels(
+    key: jax.Array,
+    length: int,
+    source: Source,
+    labels: Sequence[str] | None = None,
+    population_size: int = POPULATION,
+) -> np.ndarray:
+    """One row per class label (the mean of its tokens), the rest sampled from the vocabulary.
+
+    `labels` defaults to the task's. Where there are more labels than rows, the first ones are used.
+    """
+    labels = labels or source.class_labels
+    if not labels:
+        raise ValueError(
+            "class-label initialisation needs CLASS_LABELS, and the task has no label list; set "
+            "CLASS_LABELS or choose prompts/from_sampled_vocab.gin"
+        )
+    rows = sampled_vocab(key, length, source, population_size)
+    for i, label in enumerate(labels[:length]):
+        rows[i] = source.embedding[_encode(label, source)].mean(0)
+    return rows
+
+
+def text(
+    key: jax.Array,
+    length: int,
+    source: Source,
+    text: str,
+    population_size: int = POPULATION,
+) -> np.ndarray:
+    """Embeddings of a text's tokens, in order; the rest sampled from the vocabulary.
+
+    A text longer than the prompt is an error that says how long it is.
+    """
+    ids = _encode(text, source)
+    if len(ids) > length:
+        raise ValueError(
+            f"the initial text has {len(ids)} tokens, the prompt {length}; shorten the text or set "
+            f"PROMPT_LENGTH to at least {len(ids)}"
+        )
+    rows = sampled_vocab(key, length, source, population_size)
+    rows[: len(ids)] = source.embedding[ids]
+    return rows
+
+
+def file(key: jax.Array, length: int, source: Source, path: str | os.PathLike) -> np.ndarray:
+    """The prompt in a file, `.safetensors` of ours or `.npy` `[P, H]`; P must be `length`."""
+    del key
+    prompt, _ = load(path)
+    expected = (length, source.embedding.shape[1])
+    if prompt.shape != expected:
+        raise ValueError(
+            f"the prompt {str(path)!r} has shape {prompt.shape}, expected {expected} "
+            f"(PROMPT_LENGTH, width of the backbone)"
+        )
+    return prompt
+
+
+def _encode(text: str, source: Source) -> list[int]:
+    if source.vocabulary is None:
+        raise ValueError("this initialisation needs a vocabulary, and the backbone has none")
+    ids = source.vocabulary.encode(text)
+    if not ids:
+        raise ValueError(f"{text!r} has no tokens to initialise a prompt from")
+    return ids
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def save(path: str | os.PathLike, prompt: np.ndarray, metadata: Mapping[str, Any]) -> None:
+    """Writes a prompt `[P, H]` with its metadata to `path` (`.safetensors`)."""
+    checkpoint.write(path, {"prompt": np.asarray(prompt, np.float32)}, metadata)
+
+
+def load(path: str | os.PathLike) -> tuple[np.ndarray, dict[str, Any]]:
+    """A prompt `[P, H]` float32 and its metadata (empty for `.npy`).
+
+    Raises:
+      ValueError: not there, or no prompt.
+      checkpoint.CorruptFile: torn or altered.
+    """
+    path = pathlib.Path(path)
+    if path.suffix == ".npy":
+        try:
+            array, metadata = np.load(path, allow_pickle=False), {}
+        except FileNotFoundError:
+            raise ValueError(f"no such file: {str(path)!r}") from None
+        except (ValueError, EOFError, OSError) as error:
+            raise checkpoint.CorruptFile(f"{str(path)!r} is no NumPy array: {error}") from None
+    else:
+        arrays, metadata = checkpoint.read(path)
+        if set(arrays) != {"prompt"}:
+            raise ValueError(f"{str(path)!r} is no prompt: it holds {', '.join(sorted(arrays))}")
+        array = arrays["prompt"]
+    if array.ndim != 2 or not np.issubdtype(array.dtype, np.floating):
+        raise ValueError(
+            f"{str(path)!r} is no prompt: it holds {array.dtype} of shape {array.shape}, "
+            f"expected floats [P, H]"
+        )
+    return np.asarray(array, np.float32), metadata
+
+
+def check_backbone(
+    path: str | os.PathLike,
+    array: np.ndarray,
+    metadata: Mapping[str, Any],
+    backbone: Any,
+    ignore_fingerprint: bool = False,
+) -> None:
+    """Raises where a prompt is of another width, or was trained for another backbone.
+
+    Of a prompt without metadata (`.npy`) only the width can be checked.
+    """
+    if array.shape[1] != backbone.cfg.emb_dim:
+        raise ValueError(
+            f"the prompt {str(path)!r} has width {array.shape[1]}, the backbone {backbone.name!r} "
+            f"has {backbone.cfg.emb_dim}"
+        )
+    trained_for = metadata.get("backbone_fingerprint")
+    if trained_for in (None, backbone.fingerprint) or ignore_fingerprint:
+        return
+    raise ValueError(
+        f"the prompt {str(path)!r} was trained for the backbone "
+        f"{metadata.get('backbone')!r} ({trained_for}), this one is {backbone.name!r} "
+        f"({backbone.fingerprint}); load that backbone, or override with "
+        f"--ignore_fingerprint (ignore_fingerprint=True in Python)"
+    )

@@ -1,0 +1,90 @@
+"""The prompted T5: a backbone, a prompt bank, and slots that address its rows.
+
+Encoder input ids `< V` are tokens; an id `V + r` is a *slot*, filled by row r of the bank
+`[N·P, H]`. A prepended prompt is P slots before the tokens; different prompts per row, in the
+middle of a text, or several in one packed row need no further model code.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen import partitioning
+
+from softprompt.t5 import T5, T5Config
+
+Array = jax.Array
+
+
+class PromptBank(nn.Module):
+    """Rows of N prompts, `[N·P, H]`, kept and injected in float32 precision of the parameters."""
+
+    rows: int
+    width: int
+
+    def setup(self):
+        # Lester et al. 2021, section 2: "random uniform" draws from [-0.5, 0.5].
+        self.bank = partitioning.param_with_axes(
+            "bank",
+            lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -0.5, 0.5),
+            (self.rows, self.width),
+            axes=("prompt", "embed"),
+        )
+
+    def __call__(self, x: Array, ids: Array, first_slot: int) -> Array:
+        """Puts bank rows where `ids` `[B, T]` are slots; elsewhere keeps `x` `[B, T, H]`."""
+        row = ids - first_slot
+        rows = jnp.take(self.bank, jnp.clip(row, 0, self.rows - 1), axis=0)
+        return jnp.where((row >= 0)[..., None], rows.astype(x.dtype), x)
+
+
+class PromptedT5(nn.Module):
+    """T5 whose encoder inputs may hold slots.
+
+    Parameters are those of the T5 (same tree, at the root) and `prompt/bank` `[rows, H]`; with
+    `rows = 0` it is a plain T5.
+    """
+
+    cfg: T5Config
+    rows: int = 0
+
+    def setup(self):
+        self.t5 = T5(self.cfg)
+        nn.share_scope(self, self.t5)
+        if self.rows:
+            self.prompt = PromptBank(self.rows, self.cfg.emb_dim)
+
+    def encode(
+        self, encoder_ids: Array, encoder_segments: Array | None = None, deterministic: bool = True
+    ) -> tuple[Array, Array]:
+        """Encoder output `[B, T, H]` and segments `[B, T]` for ids `[B, T]` (0 is padding)."""
+        if encoder_segments is None:
+            encoder_segments = (encoder_ids > 0).astype(jnp.int32)
+        x = self.t5.embed(encoder_ids)
+        if self.rows:
+            x = self.prompt(x, encoder_ids, self.cfg.vocab_size)
+        return self.t5.encode(x, encoder_segments, deterministic), encoder_segments
+
+    def __call__(
+        self,
+        encoder_ids: Array,
+        decoder_ids: Array,
+        encoder_segments: Array | None = None,
+        decoder_segments: Array | None = None,
+        deterministic: bool = True,
+    ) -> Array:
+        """Logits `[B, L, V]` for encoder ids `[B, T]` and decoder inputs `[B, L]`."""
+        encoded, segments = self.encode(encoder_ids, encoder_segments, deterministic)
+        return self.t5.decode(encoded, segments, decoder_ids, decoder_segments, deterministic)
+
+    def start_decoding(self, encoded: Array, length: int):
+        """See `T5.start_decoding`."""
+        return self.t5.start_decoding(encoded, length)
+
+    def decode_step(self, ids, index, cache, cross, encoder_segments):
+        """See `T5.decode_step`."""
+        return self.t5.decode_step(ids, index, cache, cross, encoder_segments)
+
+
+def slots(vocab_size: int, rows: range | Array):
+    """Slot ids that address `rows` of the bank of a model with `vocab_size` embedding rows."""
+    return [vocab_size + r for r in rows]

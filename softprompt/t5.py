@@ -1,0 +1,466 @@
+"""T5 encoder-decoder in Flax linen: T5 1.0 (ReLU, tied head) and T5 1.1 (gated GELU, untied head).
+
+Parameter tree and logical axis names are those of T5X's minimal T5, so its checkpoints fit leaf by
+leaf. Architecture: Raffel et al. 2020 (arXiv 1910.10683), section 2.1; T5 1.1: Shazeer 2020
+(arXiv 2002.05202). Alphabet: B rows, T encoder length, L decoder length, H model width,
+V vocabulary rows, A heads, D head width.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.linen import partitioning
+
+Array = jax.Array
+# Keys and values of one attention block, each [B, S, A, D].
+KV = tuple[Array, Array]
+
+RELATIVE_BUCKETS = 32
+RELATIVE_MAX_DISTANCE = 128
+MASKED = -1e10
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+    """Sizes of a T5. `vocab_size` counts embedding rows, padding rows included."""
+
+    vocab_size: int
+    emb_dim: int
+    num_heads: int
+    num_encoder_layers: int
+    num_decoder_layers: int
+    head_dim: int
+    mlp_dim: int
+    # ("gelu", "linear") is T5 1.1's gated GELU, ("relu",) is T5 1.0.
+    mlp_activations: tuple[str, ...] = ("gelu", "linear")
+    # T5 1.0 reads logits off the embedding, scaled by 1/sqrt(H).
+    logits_via_embedding: bool = False
+    dropout_rate: float = 0.0
+    dtype: Any = jnp.float32
+
+    def to_json(self) -> dict[str, Any]:
+        """The architecture alone (no dropout, no dtype), as plain JSON values."""
+        sizes = dataclasses.asdict(self)
+        del sizes["dropout_rate"], sizes["dtype"]
+        sizes["mlp_activations"] = list(self.mlp_activations)
+        return sizes
+
+    @classmethod
+    def from_json(cls, sizes: dict[str, Any], **overrides) -> "T5Config":
+        """Inverse of `to_json`; unknown or missing names are an error naming them."""
+        names = {f.name for f in dataclasses.fields(cls)} - {"dropout_rate", "dtype"}
+        unknown, missing = sorted(set(sizes) - names), sorted(names - set(sizes))
+        if unknown or missing:
+            raise ValueError(
+                f"not a T5 architecture: unknown names {unknown}, missing names {missing}"
+            )
+        sizes = dict(sizes, mlp_activations=tuple(sizes["mlp_activations"]))
+        return cls(**sizes, **overrides)
+
+
+def _t5_1_1(emb_dim, num_heads, layers, head_dim, mlp_dim, vocab_size=32128) -> T5Config:
+    encoder_layers, decoder_layers = layers if isinstance(layers, tuple) else (layers, layers)
+    return T5Config(
+        vocab_size, emb_dim, num_heads, encoder_layers, decoder_layers, head_dim, mlp_dim
+    )
+
+
+def _t5_1_0(emb_dim, num_heads, layers, head_dim, mlp_dim) -> T5Config:
+    return T5Config(
+        32128, emb_dim, num_heads, layers, layers, head_dim, mlp_dim,
+        mlp_activations=("relu",), logits_via_embedding=True,
+    )  # fmt: skip
+
+
+# H, heads, layers, head width, MLP width. Raffel et al. 2020, section 3.7, and the released
+# configurations of T5 and T5 1.1. The embedded backbone is this project's own.
+SIZES = {
+    "t5_1_1_small": _t5_1_1(512, 6, 8, 64, 1024),
+    "t5_1_1_base": _t5_1_1(768, 12, 12, 64, 2048),
+    "t5_1_1_large": _t5_1_1(1024, 16, 24, 64, 2816),
+    "t5_1_1_xl": _t5_1_1(2048, 32, 24, 64, 5120),
+    "t5_1_1_xxl": _t5_1_1(4096, 64, 24, 64, 10240),
+    "t5_small": _t5_1_0(512, 8, 6, 64, 2048),
+    "t5_base": _t5_1_0(768, 12, 12, 64, 3072),
+    "t5_large": _t5_1_0(1024, 16, 24, 64, 4096),
+    "t5_xl": _t5_1_0(1024, 32, 24, 128, 16384),
+    "t5_xxl": _t5_1_0(1024, 128, 24, 128, 65536),
+    "t5_1_1_embedded": _t5_1_1(256, 4, (4, 2), 64, 512, vocab_size=8192),
+}
+
+
+def config(size: str, dropout_rate: float = 0.0, dtype: Any = jnp.float32) -> T5Config:
+    """The configuration of a named size (a key of `SIZES`)."""
+    if size not in SIZES:
+        raise ValueError(f"unknown T5 size {size!r}; choose one of {', '.join(SIZES)}")
+    return dataclasses.replace(SIZES[size], dropout_rate=dropout_rate, dtype=jnp.dtype(dtype))
+
+
+class Dense(nn.Module):
+    """Linear map without bias on the last axis; kernel `[in, features]`."""
+
+    features: int
+    axes: tuple[str, str]
+    dtype: Any
+    scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: Array, out_dtype: Any = None) -> Array:
+        fan_in = x.shape[-1]
+        init = nn.initializers.normal(self.scale / np.sqrt(fan_in))
+        kernel = partitioning.param_with_axes(
+            "kernel", init, (fan_in, self.features), jnp.float32, axes=self.axes
+        )
+        # Two-dimensional, so that the weight gradient contracts one axis: XLA's CPU backend has no
+        # fast kernel for more.
+        y = jnp.dot(
+            x.astype(self.dtype).reshape(-1, fan_in),
+            kernel.astype(self.dtype),
+            preferred_element_type=out_dtype,
+        )
+        return y.reshape(*x.shape[:-1], self.features)
+
+
+class LayerNorm(nn.Module):
+    """Root-mean-square norm without mean or bias, computed in float32."""
+
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
+        scale = partitioning.param_with_axes(
+            "scale", nn.initializers.ones, x.shape[-1:], jnp.float32, axes=("embed",)
+        )
+        return x.astype(self.dtype) * scale.astype(self.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention. T5 has no 1/sqrt(D): it is folded into the query's initialiser."""
+
+    cfg: T5Config
+
+    def setup(self):
+        cfg = self.cfg
+        inner = cfg.num_heads * cfg.head_dim
+        self.query = Dense(inner, ("embed", "joined_kv"), cfg.dtype, cfg.head_dim**-0.5)
+        self.key = Dense(inner, ("embed", "joined_kv"), cfg.dtype)
+        self.value = Dense(inner, ("embed", "joined_kv"), cfg.dtype)
+        self.out = Dense(cfg.emb_dim, ("joined_kv", "embed"), cfg.dtype)
+
+    def _heads(self, x: Array) -> Array:
+        return x.reshape(*x.shape[:-1], self.cfg.num_heads, self.cfg.head_dim)
+
+    def keys_values(self, x: Array) -> KV:
+        """Keys and values `[B, S, A, D]` of `x` `[B, S, H]`."""
+        return self._heads(self.key(x)), self._heads(self.value(x))
+
+    def __call__(self, x: Array, kv: KV, bias: Array, deterministic: bool = True) -> Array:
+        """Attends from `x` `[B, Q, H]` to `kv`; `bias` broadcasts to `[B, A, Q, S]`."""
+        cfg = self.cfg
+        key, value = kv
+        query = self._heads(self.query(x))
+        # Logits and softmax in float32 whatever the activations are.
+        logits = jnp.einsum("bqad,bsad->baqs", query, key, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(logits + bias.astype(jnp.float32)).astype(cfg.dtype)
+        if not deterministic and cfg.dropout_rate > 0:
+            # One mask for all queries, as T5's own code has it.
+            shape = (*weights.shape[:-2], 1, weights.shape[-1])
+            keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - cfg.dropout_rate, shape)
+            weights = weights * keep / (1 - cfg.dropout_rate)
+        y = jnp.einsum("baqs,bsad->bqad", weights.astype(cfg.dtype), value)
+        return self.out(y.reshape(*y.shape[:-2], -1))
+
+
+class Mlp(nn.Module):
+    """Feed-forward block: `wi` (T5 1.0) or the gated pair `wi_0`, `wi_1` (T5 1.1), then `wo`."""
+
+    cfg: T5Config
+
+    @nn.compact
+    def __call__(self, x: Array, deterministic: bool = True) -> Array:
+        cfg = self.cfg
+        y = 1.0
+        for i, activation in enumerate(cfg.mlp_activations):
+            name = "wi" if len(cfg.mlp_activations) == 1 else f"wi_{i}"
+            z = Dense(cfg.mlp_dim, ("embed", "mlp"), cfg.dtype, name=name)(x)
+            y = y * (z if activation == "linear" else getattr(jax.nn, activation)(z))
+        y = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))(y, deterministic=deterministic)
+        return Dense(cfg.emb_dim, ("mlp", "embed"), cfg.dtype, name="wo")(y)
+
+
+def relative_buckets(distance: Array, bidirectional: bool) -> Array:
+    """T5's bucket of each `key position - query position` (Raffel et al. 2020, section 2.1).
+
+    Half of the buckets hold exact distances, the other half grow logarithmically up to
+    `RELATIVE_MAX_DISTANCE`. Looked up in a table made by NumPy, so that bucket edges do not depend
+    on a device's logarithm.
+    """
+    buckets = RELATIVE_BUCKETS // 2 if bidirectional else RELATIVE_BUCKETS
+    exact = buckets // 2
+    n = np.arange(RELATIVE_MAX_DISTANCE + 1)
+    with np.errstate(divide="ignore"):
+        log = np.log(n / exact + np.finfo(np.float32).eps) / np.log(RELATIVE_MAX_DISTANCE / exact)
+    large = exact + (log * (buckets - exact)).astype(np.int64)
+    table = jnp.asarray(np.where(n < exact, n, np.minimum(large, buckets - 1)), jnp.int32)
+    past = -distance
+    size = jnp.abs(past) if bidirectional else jnp.maximum(past, 0)
+    bucket = table[jnp.minimum(size, RELATIVE_MAX_DISTANCE)]
+    return bucket + jnp.where(past < 0, buckets, 0) if bidirectional else bucket
+
+
+class RelativePositionBias(nn.Module):
+    """Learnt attention bias per head and bucketed distance, shared by all layers of a stack."""
+
+    cfg: T5Config
+    bidirectional: bool
+
+    @nn.compact
+    def __call__(self, queries: Array, keys: Array) -> Array:
+        """`[1, A, Q, S]` for query positions `[Q]` and key positions `[S]`."""
+        init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
+        table = partitioning.param_with_axes(
+            "rel_embedding",
+            init,
+            (self.cfg.num_heads, RELATIVE_BUCKETS),
+            jnp.float32,
+            axes=("heads", "relpos_buckets"),
+        )
+        buckets = relative_buckets(keys[None, :] - queries[:, None], self.bidirectional)
+        return table[:, buckets][None]
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention and MLP, each pre-normed and residual."""
+
+    cfg: T5Config
+
+    def setup(self):
+        cfg = self.cfg
+        self.pre_attention_layer_norm = LayerNorm(cfg.dtype)
+        self.attention = Attention(cfg)
+        self.pre_mlp_layer_norm = LayerNorm(cfg.dtype)
+        self.mlp = Mlp(cfg)
+        self.dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
+
+    def __call__(self, x: Array, bias: Array, deterministic: bool) -> Array:
+        y = self.pre_attention_layer_norm(x)
+        y = self.attention(y, self.attention.keys_values(y), bias, deterministic)
+        x = x + self.dropout(y, deterministic=deterministic)
+        y = self.mlp(self.pre_mlp_layer_norm(x), deterministic)
+        return x + self.dropout(y, deterministic=deterministic)
+
+
+class DecoderLayer(nn.Module):
+    """Causal self-attention, attention to the encoder, and MLP."""
+
+    cfg: T5Config
+
+    def setup(self):
+        cfg = self.cfg
+        self.pre_self_attention_layer_norm = LayerNorm(cfg.dtype)
+        self.self_attention = Attention(cfg)
+        self.pre_cross_attention_layer_norm = LayerNorm(cfg.dtype)
+        self.encoder_decoder_attention = Attention(cfg)
+        self.pre_mlp_layer_norm = LayerNorm(cfg.dtype)
+        self.mlp = Mlp(cfg)
+        self.dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
+
+    def self_keys_values(self, x: Array) -> KV:
+        return self.self_attention.keys_values(self.pre_self_attention_layer_norm(x))
+
+    def cross_keys_values(self, encoded: Array) -> KV:
+        return self.encoder_decoder_attention.keys_values(encoded)
+
+    def __call__(
+        self,
+        x: Array,
+        self_kv: KV,
+        cross_kv: KV,
+        self_bias: Array,
+        cross_bias: Array,
+        deterministic: bool,
+    ) -> Array:
+        y = self.pre_self_attention_layer_norm(x)
+        y = self.self_attention(y, self_kv, self_bias, deterministic)
+        x = x + self.dropout(y, deterministic=deterministic)
+        y = self.pre_cross_attention_layer_norm(x)
+        y = self.encoder_decoder_attention(y, cross_kv, cross_bias, deterministic)
+        x = x + self.dropout(y, deterministic=deterministic)
+        y = self.mlp(self.pre_mlp_layer_norm(x), deterministic)
+        return x + self.dropout(y, deterministic=deterministic)
+
+
+class TokenEmbedder(nn.Module):
+    """Embedding table `[V, H]`, shared by encoder and decoder (and the head of T5 1.0)."""
+
+    cfg: T5Config
+
+    def setup(self):
+        self.embedding = partitioning.param_with_axes(
+            "embedding",
+            nn.initializers.normal(1.0),
+            (self.cfg.vocab_size, self.cfg.emb_dim),
+            jnp.float32,
+            axes=("vocab", "embed"),
+        )
+
+    def __call__(self, ids: Array) -> Array:
+        return jnp.take(self.embedding, ids, axis=0, mode="clip").astype(self.cfg.dtype)
+
+    def attend(self, x: Array) -> Array:
+        return jnp.dot(x, self.embedding.astype(x.dtype).T, preferred_element_type=jnp.float32)
+
+
+class Encoder(nn.Module):
+    """Encoder stack over embedded inputs."""
+
+    cfg: T5Config
+
+    def setup(self):
+        cfg = self.cfg
+        self.relpos_bias = RelativePositionBias(cfg, bidirectional=True)
+        self.layers = [EncoderLayer(cfg) for _ in range(cfg.num_encoder_layers)]
+        self.encoder_norm = LayerNorm(cfg.dtype)
+        self.input_dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
+        self.output_dropout = nn.Dropout(cfg.dropout_rate)
+
+    def __call__(self, x: Array, mask: Array, deterministic: bool) -> Array:
+        """`x` `[B, T, H]`, `mask` broadcastable to `[B, 1, T, T]`, True where attention may go."""
+        positions = jnp.arange(x.shape[1])
+        bias = self.relpos_bias(positions, positions) + jnp.where(mask, 0.0, MASKED)
+        x = self.input_dropout(x, deterministic=deterministic)
+        for layer in self.layers:
+            x = layer(x, bias, deterministic)
+        return self.output_dropout(self.encoder_norm(x), deterministic=deterministic)
+
+
+class Decoder(nn.Module):
+    """Decoder stack over embedded inputs: whole sequences, or one position with a cache."""
+
+    cfg: T5Config
+
+    def setup(self):
+        cfg = self.cfg
+        self.relpos_bias = RelativePositionBias(cfg, bidirectional=False)
+        self.layers = [DecoderLayer(cfg) for _ in range(cfg.num_decoder_layers)]
+        self.decoder_norm = LayerNorm(cfg.dtype)
+        self.dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
+        if not cfg.logits_via_embedding:
+            self.logits_dense = Dense(cfg.vocab_size, ("embed", "vocab"), cfg.dtype)
+
+    def __call__(
+        self, y: Array, encoded: Array, mask: Array, cross_mask: Array, deterministic: bool
+    ) -> Array:
+        """Normed output `[B, L, H]` for embedded targets `[B, L, H]` and `encoded` `[B, T, H]`."""
+        positions = jnp.arange(y.shape[1])
+        bias = self.relpos_bias(positions, positions) + jnp.where(mask, 0.0, MASKED)
+        cross_bias = jnp.where(cross_mask, 0.0, MASKED)
+        y = self.dropout(y, deterministic=deterministic)
+        for layer in self.layers:
+            kv = layer.self_keys_values(y)
+            cross = layer.cross_keys_values(encoded)
+            y = layer(y, kv, cross, bias, cross_bias, deterministic)
+        return self.dropout(self.decoder_norm(y), deterministic=deterministic)
+
+    def cross_keys_values(self, encoded: Array) -> list[KV]:
+        return [layer.cross_keys_values(encoded) for layer in self.layers]
+
+    def step(
+        self, y: Array, index: Array, cache: list[KV], cross: list[KV], cross_mask: Array
+    ) -> tuple[Array, list[KV]]:
+        """One position `y` `[B, 1, H]` at `index`, with `cache` entries `[B, L, A, D]`."""
+        length = cache[0][0].shape[1]
+        positions = jnp.arange(length)
+        bias = self.relpos_bias(index[None], positions)
+        bias = bias + jnp.where(positions <= index, 0.0, MASKED)
+        cross_bias = jnp.where(cross_mask, 0.0, MASKED)
+        updated = []
+        for layer, kept, cross_kv in zip(self.layers, cache, cross, strict=True):
+            new = layer.self_keys_values(y)
+            kv = tuple(
+                jax.lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), index, axis=1)
+                for old, x in zip(kept, new, strict=True)
+            )
+            updated.append(kv)
+            y = layer(y, kv, cross_kv, bias, cross_bias, True)
+        return self.decoder_norm(y), updated
+
+
+class T5(nn.Module):
+    """T5 in the pieces that prompting needs: embed, encode embeddings, decode, one cached step."""
+
+    cfg: T5Config
+
+    def setup(self):
+        self.token_embedder = TokenEmbedder(self.cfg)
+        self.encoder = Encoder(self.cfg)
+        self.decoder = Decoder(self.cfg)
+
+    def embed(self, ids: Array) -> Array:
+        """`[..., H]` for ids `[...]`; ids beyond V read the last row (the caller replaces them)."""
+        return self.token_embedder(ids)
+
+    def encode(self, x: Array, segments: Array, deterministic: bool = True) -> Array:
+        """`[B, T, H]` for embeddings `[B, T, H]`.
+
+        `segments` `[B, T]` numbers the examples of a row from 1; 0 is padding. Attention stays
+        within a segment, and T5's bias needs only differences of positions.
+        """
+        mask = (segments[:, :, None] == segments[:, None, :]) & (segments[:, None, :] > 0)
+        return self.encoder(x, mask[:, None], deterministic)
+
+    def decode(
+        self,
+        encoded: Array,
+        encoder_segments: Array,
+        decoder_ids: Array,
+        decoder_segments: Array | None = None,
+        deterministic: bool = True,
+        cross_segments: Array | None = None,
+    ) -> Array:
+        """Logits `[B, L, V]` float32 for decoder inputs `[B, L]` (targets shifted right).
+
+        `decoder_segments` `[B, L]` numbers the sequences of a decoder row (default: one);
+        `cross_segments` `[B, L]` says which encoder segment each of its positions attends to
+        (default: the one of its own number).
+        """
+        if decoder_segments is None:
+            decoder_segments = jnp.ones_like(decoder_ids)
+        if cross_segments is None:
+            cross_segments = decoder_segments
+        causal = jnp.tril(jnp.ones((decoder_ids.shape[1],) * 2, bool))
+        mask = causal & (decoder_segments[:, :, None] == decoder_segments[:, None, :])
+        cross = cross_segments[:, :, None] == encoder_segments[:, None, :]
+        y = self.decoder(
+            self.embed(decoder_ids), encoded, mask[:, None], cross[:, None], deterministic
+        )
+        return self._logits(y)
+
+    def _logits(self, y: Array) -> Array:
+        if self.cfg.logits_via_embedding:
+            return self.token_embedder.attend(y) / np.sqrt(self.cfg.emb_dim)
+        return self.decoder.logits_dense(y, jnp.float32)
+
+    def start_decoding(self, encoded: Array, length: int) -> tuple[list[KV], list[KV]]:
+        """Empty self-attention cache for `length` positions, and cross keys and values, made once."""
+        cfg = self.cfg
+        shape = (encoded.shape[0], length, cfg.num_heads, cfg.head_dim)
+        cache = [
+            (jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype))
+            for _ in range(cfg.num_decoder_layers)
+        ]
+        return cache, self.decoder.cross_keys_values(encoded)
+
+    def decode_step(
+        self, ids: Array, index: Array, cache: list[KV], cross: list[KV], encoder_segments: Array
+    ) -> tuple[Array, list[KV]]:
+        """Logits `[B, V]` after feeding ids `[B]` at position `index`, and the updated cache."""
+        cross_mask = (encoder_segments > 0)[:, None, None, :]
+        y, cache = self.decoder.step(self.embed(ids)[:, None], index, cache, cross, cross_mask)
+        return self._logits(y)[:, 0], cache

@@ -1,0 +1,334 @@
+"""The training loop: gradients and optimizer state for the trainable partition alone."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from softprompt import checkpoint, losses, partition, tree
+from softprompt.backbone import Backbone, abstract
+from softprompt.logbook import Logbook, say
+from softprompt.prompted import PromptedT5
+
+State = dict[str, Any]
+PROMPT = "prompt/bank"
+
+
+class Diverged(ValueError):
+    """The loss or its gradient stopped being finite."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run ends with.
+
+    Attributes:
+      step: last step taken.
+      trained: flat tree of the trainable parameters after it.
+      best: those of the best step (the last one where nothing was evaluated).
+      best_step, best_metric: when it was, and the value it was chosen by.
+      metrics: figures of the last evaluation.
+      interrupted: True if SIGTERM ended the run before its last step.
+    """
+
+    step: int
+    trained: dict[str, np.ndarray]
+    best: dict[str, np.ndarray]
+    best_step: int
+    best_metric: float | None
+    metrics: dict[str, float]
+    interrupted: bool = False
+
+
+def make_step(
+    module: PromptedT5,
+    optimizer: optax.GradientTransformation,
+    seed: int = 0,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> Callable[[State, tree.Flat, dict[str, jax.Array]], State]:
+    """The train step `(state, frozen, batch) -> state`, to be jitted.
+
+    Only `state["trainable"]` is differentiated. A step whose loss or gradient is not finite
+    changes nothing, and neither does any step after it: `state["bad_step"]` names it (else -1).
+    """
+    dropout = module.cfg.dropout_rate > 0
+
+    def step(state: State, frozen: tree.Flat, batch: dict[str, jax.Array]) -> State:
+        key = jax.random.fold_in(jax.random.key(seed), state["step"])
+
+        def loss_fn(trainable):
+            logits = module.apply(
+                {"params": tree.unflatten({**frozen, **trainable})},
+                batch["encoder_ids"],
+                losses.shift_right(batch["targets"]),
+                deterministic=not dropout,
+                rngs={"dropout": key} if dropout else None,
+            )
+            loss, tokens = losses.cross_entropy(logits, batch["targets"], z_loss, label_smoothing)
+            return loss / tokens, (loss, tokens)
+
+        (mean, (loss, tokens)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            state["trainable"]
+        )
+        updates, opt = optimizer.update(grads, state["opt"], state["trainable"])
+        moved = optax.apply_updates(state["trainable"], updates)
+        finite = jnp.isfinite(mean) & jnp.isfinite(optax.global_norm(grads))
+        good = finite & (state["bad_step"] < 0)
+
+        def choose(new, old):
+            return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
+
+        return {
+            "trainable": choose(moved, state["trainable"]),
+            "opt": choose(opt, state["opt"]),
+            "step": state["step"] + 1,
+            "loss_sum": state["loss_sum"] + jnp.where(good, loss, 0),
+            "token_sum": state["token_sum"] + jnp.where(good, tokens, 0),
+            "bad_step": jnp.where(
+                finite | (state["bad_step"] >= 0), state["bad_step"], state["step"] + 1
+            ),
+        }
+
+    return step
+
+
+def init_state(
+    trainable: tree.Flat, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> State:
+    """The state before the first step, sharded as its parameters are."""
+    everywhere = partition.replicated(mesh)
+    shapes = jax.eval_shape(optimizer.init, trainable)
+    places = optax.tree_map_params(
+        optimizer,
+        lambda leaf, p: p.sharding if leaf.shape == p.shape else everywhere,
+        shapes,
+        trainable,
+        transform_non_params=lambda _: everywhere,
+    )
+    # A copy: the train step gives its state's buffers away.
+    trainable = {path: jnp.copy(x) for path, x in trainable.items()}
+    scalars = {
+        "step": np.int32(0),
+        "loss_sum": np.float32(0),
+        "token_sum": np.float32(0),
+        "bad_step": np.int32(-1),
+    }
+    return {
+        "trainable": trainable,
+        "opt": jax.jit(optimizer.init, out_shardings=places)(trainable),
+        **{name: jax.device_put(x, everywhere) for name, x in scalars.items()},
+    }
+
+
+@contextlib.contextmanager
+def _termination() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, instead of ending the process."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def fit(
+    backbone: Backbone,
+    batches: Callable[[int], Iterator[Mapping[str, np.ndarray]]],
+    optimizer: optax.GradientTransformation,
+    train_steps: int,
+    prompt: np.ndarray | None = None,
+    trainable: Sequence[str] = ("prompt/.*",),
+    frozen: Sequence[str] = (".*",),
+    evaluate: Callable[[tree.Flat, int], dict[str, float]] | None = None,
+    eval_period: int = 0,
+    best_metric: str | None = None,
+    patience: int = 0,
+    checkpoint_period: int = 0,
+    keep: int = 2,
+    log_period: int = 50,
+    model_dir: str | os.PathLike | None = None,
+    save: Callable[[pathlib.Path, dict[str, np.ndarray], dict[str, Any]], None] | None = None,
+    identity: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> Result:
+    """Trains the parameters that `trainable` names, from step 0 or from MODEL_DIR's checkpoint.
+
+    Args:
+      backbone: frozen model; where patterns name its parameters, they train from its values.
+      batches: called with a step, yields that step's batch and those after it.
+      prompt: initial prompt `[P, H]`, or None for no prompt.
+      evaluate: `(parameters, step)` to figures; called every `eval_period` steps (0: never but at
+        the end).
+      best_metric: the figure to choose the best step by, "-name" for one to minimise (None: the
+        mean of all figures).
+      patience: stop after so many evaluations without a better one (0: never).
+      checkpoint_period: steps between resumable checkpoints (0: only at the end).
+      model_dir: where files go; None keeps everything in memory.
+      save: `(path without ending, trained, metadata)` writes the trained parameters for use.
+      identity: what makes this run the one it is (task, seed, backbone, …). A checkpoint of a run
+        with another identity is refused, naming the difference.
+
+    Raises:
+      Diverged: the loss was not finite; the message names the step. What was trained before it
+        is saved.
+    """
+    rows = 0 if prompt is None else len(prompt)
+    module = PromptedT5(backbone.cfg, rows)
+    params = dict(backbone.params)
+    if prompt is not None:
+        if np.shape(prompt) != (rows, backbone.cfg.emb_dim):
+            raise ValueError(
+                f"the prompt has shape {np.shape(prompt)}, expected (P, {backbone.cfg.emb_dim}) "
+                f"for the backbone {backbone.name!r}"
+            )
+        place = partition.shardings(abstract(backbone.cfg, rows), backbone.mesh)[PROMPT]
+        params[PROMPT] = jax.device_put(np.asarray(prompt, np.float32), place)
+    trained, fixed = tree.split(params, trainable, frozen)
+    trained = {path: x.astype(jnp.float32) for path, x in trained.items()}
+    state = init_state(trained, optimizer, backbone.mesh)
+    best = {"step": 0, "metric": None, "waited": 0, "metrics": {}}
+    if model_dir is not None and (restored := checkpoint.restore_state(model_dir, state, say)):
+        state, best = restored[0], restored[1]["best"]
+        _check_identity(restored[1]["identity"], dict(identity or {}), model_dir)
+        say(f"resuming from step {int(state['step'])} of {model_dir}")
+    start = int(state["step"])
+    step_fn = jax.jit(make_step(module, optimizer, seed, z_loss, label_smoothing), donate_argnums=0)
+    rows_sharding = partition.batch_sharding(backbone.mesh)
+    log = Logbook(model_dir, start)
+    best_trained = _load_best(model_dir, best) if best["step"] else None
+
+    def trained_now() -> dict[str, np.ndarray]:
+        return {path: np.asarray(jax.device_get(x)) for path, x in state["trainable"].items()}
+
+    def save_checkpoint() -> None:
+        if model_dir is not None:
+            checkpoint.save_state(
+                model_dir, state, {"best": best, "identity": identity or {}}, keep
+            )
+
+    def finish(step: int, interrupted: bool = False) -> Result:
+        log.close()
+        now = trained_now()
+        chosen = (best["step"], best_trained) if best_trained is not None else (step, now)
+        return Result(step, now, chosen[1], chosen[0], best["metric"], best["metrics"], interrupted)
+
+    stream = batches(start)
+    with _termination() as termination:
+        for step in range(start + 1, train_steps + 1):
+            if patience and best["waited"] >= patience:
+                say(f"stopping early at step {step - 1}: no better figure since {best['step']}")
+                break
+            batch = jax.device_put(dict(next(stream)), rows_sharding)
+            state = step_fn(state, fixed, batch)
+            last = step == train_steps
+            due_eval = evaluate and (last or (eval_period and step % eval_period == 0))
+            due_log = last or step % log_period == 0
+            due_save = last or (checkpoint_period and step % checkpoint_period == 0)
+            if due_log or due_eval or due_save or termination.is_set():
+                _check_finite(state, save, model_dir, trained_now)
+            if due_log:
+                loss = float(state["loss_sum"]) / max(float(state["token_sum"]), 1)
+                log.progress(step, train_steps, loss)
+                log.write("train", step, {"loss": loss})
+                zero = jax.device_put(np.float32(0), partition.replicated(backbone.mesh))
+                state = {**state, "loss_sum": zero, "token_sum": jnp.copy(zero)}
+            if due_eval:
+                figures = evaluate({**fixed, **state["trainable"]}, step)
+                log.write("eval/metrics", step, figures)
+                say(f"step {step}  " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items()))
+                metric = choose_metric(figures, best_metric)
+                better = best["metric"] is None or metric > best["metric"]
+                best = {
+                    "step": step if better else best["step"],
+                    "metric": metric if better else best["metric"],
+                    "metrics": figures if better else best["metrics"],
+                    "waited": 0 if better else best["waited"] + 1,
+                }
+                if better:
+                    best_trained = trained_now()
+                if save and model_dir is not None:
+                    note = {"step": step, "metrics": figures}
+                    save(pathlib.Path(model_dir) / "prompts" / str(step), trained_now(), note)
+                    if better:
+                        _save_best(model_dir, best_trained, best)
+                        save(pathlib.Path(model_dir) / "prompts" / "best", best_trained, note)
+            if due_save or termination.is_set():
+                save_checkpoint()
+            if termination.is_set() and not last:
+                say(f"stopped by SIGTERM after step {step}; the same command goes on from here")
+                return finish(step, interrupted=True)
+    step = int(state["step"])
+    if step > start:
+        save_checkpoint()
+        if save and model_dir is not None and not evaluate:
+            for name in (str(step), "best"):
+                save(pathlib.Path(model_dir) / "prompts" / name, trained_now(), {"step": step})
+    return finish(step)
+
+
+def _check_identity(stored: Mapping[str, Any], ours: Mapping[str, Any], model_dir: Any) -> None:
+    ours = json.loads(json.dumps(ours))
+    differ = [
+        f"{name} was {stored.get(name)!r}, is now {ours.get(name)!r}"
+        for name in sorted({*stored, *ours})
+        if stored.get(name) != ours.get(name)
+    ]
+    if differ:
+        raise ValueError(
+            f"MODEL_DIR {str(model_dir)!r} holds another run: {'; '.join(differ)}. Use another "
+            f"MODEL_DIR, or give the same settings to go on"
+        )
+
+
+def choose_metric(figures: Mapping[str, float], best_metric: str | None) -> float:
+    """The value to maximise: one named figure, or the mean of all but counts of illegal outputs."""
+    if best_metric is None:
+        values = [v for k, v in figures.items() if not k.endswith("illegal")]
+        return float(np.mean(values)) if values else 0.0
+    name = best_metric.lstrip("-")
+    if name not in figures:
+        raise ValueError(f"BEST_METRIC {name!r} is not among the figures {', '.join(figures)}")
+    return -figures[name] if best_metric.startswith("-") else figures[name]
+
+
+def _check_finite(state: State, save, model_dir, trained_now) -> None:
+    bad = int(state["bad_step"])
+    if bad < 0:
+        return
+    kept = ""
+    if save and model_dir is not None:
+        path = pathlib.Path(model_dir) / "prompts" / f"{bad - 1}"
+        save(path, trained_now(), {"step": bad - 1})
+        kept = f"; what was trained until then lies in {path}.safetensors"
+    raise Diverged(f"the loss was not finite at step {bad}{kept}")
+
+
+def _best_path(model_dir: str | os.PathLike) -> pathlib.Path:
+    return pathlib.Path(model_dir) / "checkpoints" / "best.safetensors"
+
+
+def _save_best(model_dir, trained: dict[str, np.ndarray], best: dict[str, Any]) -> None:
+    checkpoint.write(_best_path(model_dir), trained, {"best": best})
+
+
+def _load_best(model_dir, best: dict[str, Any]) -> dict[str, np.ndarray]:
+    arrays, metadata = checkpoint.read(_best_path(model_dir))
+    if metadata["best"]["step"] < best["step"]:
+        raise checkpoint.CorruptFile(f"{_best_path(model_dir)} is older than its checkpoint")
+    return arrays

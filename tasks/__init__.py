@@ -1,0 +1,1 @@
+"""Tasks for seqio. Import `softprompt.tasks.registry` to register them; `records` needs no seqio."""

@@ -1,0 +1,178 @@
+"""Where the tasks' rows come from: JSON Lines in a folder the user names, else TFDS.
+
+Both give the same rows (the fields of the TFDS configuration), and the same Python functions turn
+them into text, so a task reads the same whichever way its data came.
+"""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import seqio
+import tensorflow as tf
+from softprompt.tasks import records
+from softprompt.tasks.features import FEATURES
+from softprompt.tasks.preprocessors import TextFn
+from softprompt.tasks.records import Row
+
+_data_dir: str | None = None
+STRING = tf.TensorSpec([], tf.string)
+STRINGS = tf.TensorSpec([None], tf.string)
+INT = tf.TensorSpec([], tf.int64)
+
+
+def use_data_dir(folder: str | os.PathLike | None) -> None:
+    """Names the folder of local data sets, over SOFTPROMPT_DATA_DIR."""
+    global _data_dir
+    _data_dir = None if folder is None else str(folder)
+
+
+def local_file(folder: str, split: str) -> pathlib.Path | None:
+    """The file of a split in the user's data folder; None where no such folder is named.
+
+    A named folder that lacks the file is an error: TFDS is never taken in its place.
+    """
+    root = _data_dir or os.environ.get("SOFTPROMPT_DATA_DIR")
+    if not root:
+        return None
+    place = pathlib.Path(root) / folder
+    for name in (f"{split}.jsonl", f"{split}.jsonl.gz"):
+        if (place / name).is_file():
+            return place / name
+    there = sorted(p.name for p in place.iterdir()) if place.is_dir() else []
+    raise ValueError(
+        f"the data folder {root!r} has no {folder}/{split}.jsonl (or .jsonl.gz); "
+        + (f"{folder} holds {', '.join(there)}" if there else f"there is no folder {folder}")
+    )
+
+
+def tfds_rows(tfds_name: str, split: str, task: str) -> Iterator[Row]:
+    """Rows of a TFDS split, as Python values."""
+    try:
+        dataset = seqio.LazyTfdsLoader(tfds_name).load(split, shuffle_files=False)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(
+            f"the data of {task} is not at hand: TFDS cannot give {tfds_name} ({reason}). Name a "
+            f"folder of JSON Lines by --data_dir or SOFTPROMPT_DATA_DIR, or a folder of prepared "
+            f"TFDS data by --tfds_data_dir"
+        ) from None
+    for number, fields in enumerate(dataset.as_numpy_iterator(), 1):
+        yield Row(_python(fields), f"{tfds_name}/{split}", number)
+
+
+def _python(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    if isinstance(value, Mapping):
+        return {k: _python(v) for k, v in value.items()}
+    if isinstance(value, np.ndarray):
+        return [_python(v) for v in value.tolist()]
+    return value.item() if isinstance(value, np.generic) else value
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """A text-to-text task over rows.
+
+    Attributes:
+      name: of the seqio task.
+      folder: of its JSON Lines files, inside the user's data folder.
+      text: row to text-to-text examples.
+      tfds_name: None where TFDS does not have it.
+      metric_fns, postprocess_fn: as seqio's.
+      extras: fields besides `inputs` and `targets`, with their types.
+      splits: split names, or a mapping to the names of the source.
+      train_text: another text function for the split 'train'.
+    """
+
+    name: str
+    folder: str
+    text: TextFn
+    metric_fns: Sequence[Callable]
+    postprocess_fn: Callable
+    tfds_name: str | None = None
+    extras: Mapping[str, tf.TensorSpec] = dataclasses.field(default_factory=lambda: {"idx": INT})
+    splits: Sequence[str] | Mapping[str, str] = ("train", "validation", "test")
+    train_text: TextFn | None = None
+
+
+def rows(spec: Spec, split: str) -> Iterator[Row]:
+    """Rows of a task's split, from the user's folder or TFDS."""
+    source = spec.splits[split] if isinstance(spec.splits, Mapping) else split
+    if (path := local_file(spec.folder, source)) is not None:
+        return records.read(path)
+    if spec.tfds_name is None:
+        raise ValueError(
+            f"the data of {spec.name} is not at hand: name a folder that has "
+            f"{spec.folder}/{source}.jsonl by --data_dir or SOFTPROMPT_DATA_DIR"
+        )
+    return tfds_rows(spec.tfds_name, source, spec.name)
+
+
+def dataset_of(
+    examples: Callable[[str], Iterator[dict[str, Any]]], extras: Mapping[str, tf.TensorSpec]
+) -> Callable[..., tf.data.Dataset]:
+    """A seqio dataset function over a Python generator of examples, read whole at each call."""
+    signature = {"inputs": STRING, "targets": STRING, **extras}
+
+    def dataset_fn(split: str, shuffle_files: bool = False, seed: int | None = None):
+        del shuffle_files, seed  # One file; seqio shuffles the examples.
+        # Read now, so that a user's error surfaces as it is and not from inside TensorFlow.
+        found = list(examples(split))
+        return tf.data.Dataset.from_generator(lambda: iter(found), output_signature=signature)
+
+    return dataset_fn
+
+
+def add_task(
+    name: str,
+    examples: Callable[[str], Iterator[dict[str, Any]]],
+    splits: Sequence[str],
+    metric_fns: Sequence[Callable],
+    postprocess_fn: Callable | None,
+    extras: Mapping[str, tf.TensorSpec] | None = None,
+) -> None:
+    """Registers a seqio task over text-to-text examples; a task of that name is replaced."""
+    if name in seqio.TaskRegistry.names():
+        seqio.TaskRegistry.remove(name)
+    seqio.TaskRegistry.add(
+        name,
+        source=seqio.FunctionDataSource(dataset_of(examples, extras or {}), splits=tuple(splits)),
+        preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
+        output_features=FEATURES,
+        metric_fns=list(metric_fns),
+        postprocess_fn=postprocess_fn,
+    )
+
+
+def register(spec: Spec) -> None:
+    """Registers a benchmark task."""
+
+    def examples(split: str) -> Iterator[dict[str, Any]]:
+        text = spec.train_text if split == "train" and spec.train_text else spec.text
+        for row in rows(spec, split):
+            yield from text(row)
+
+    add_task(
+        spec.name, examples, tuple(spec.splits), spec.metric_fns, spec.postprocess_fn, spec.extras
+    )
+
+
+def register_both(spec: Spec, **overrides: Any) -> None:
+    """Registers `<name>_named` as T5 words it, and `<name>` without the task's name."""
+    from softprompt.tasks.preprocessors import drop_name
+
+    named = dataclasses.replace(spec, name=f"{spec.name}_named", **overrides)
+    register(named)
+    register(
+        dataclasses.replace(
+            named,
+            name=spec.name,
+            text=drop_name(named.text),
+            train_text=named.train_text and drop_name(named.train_text),
+        )
+    )
