@@ -4,6 +4,7 @@ import argparse
 import os
 import pathlib
 import sys
+import tempfile
 from collections.abc import Sequence
 
 USER_DATA_FLAGS = {
@@ -21,14 +22,40 @@ def _quiet() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    # TensorFlow only reads data here: leave the accelerators to JAX.
-    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
     import logging
     import warnings
 
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def _import_tensorflow() -> None:
+    """Imports what reads data, with native libraries' start-up lines kept off the terminal.
+
+    They are written to the file descriptor itself before any level can be set. What was written is
+    shown after all if the import fails.
+    """
+    with tempfile.TemporaryFile() as held:
+        sys.stderr.flush()
+        terminal = os.dup(2)
+        os.dup2(held.fileno(), 2)
+        failed = True
+        try:
+            import seqio  # noqa: F401
+            import tensorflow as tf
+
+            # TensorFlow only reads data here: leave the accelerators to JAX.
+            tf.config.set_visible_devices([], "GPU")
+            tf.config.set_visible_devices([], "TPU")
+            failed = False
+        finally:
+            sys.stderr.flush()
+            os.dup2(terminal, 2)
+            os.close(terminal)
+            if failed:
+                held.seek(0)
+                sys.stderr.write(held.read().decode(errors="replace"))
 
 
 def _use_compilation_cache() -> None:
@@ -68,9 +95,8 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--train_file", help="your own data, JSON Lines or CSV")
             command.add_argument("--validation_file")
             command.add_argument("--test_file")
-        if name == "train" or name == "eval" or name == "infer":
-            command.add_argument("--template", help='text of a row, such as "review: {text}"')
-            command.add_argument("--labels", help="label names, separated by commas")
+        command.add_argument("--template", help='text of a row, such as "review: {text}"')
+        command.add_argument("--labels", help="label names, separated by commas")
         if name != "infer":
             command.add_argument("--target", help="field that holds the label or target text")
     quick = commands.add_parser("quickstart", help="tune a prompt on the embedded default")
@@ -107,6 +133,7 @@ def split_gin(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]
 
 
 def _run_gin(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> int:
+    _import_tensorflow()
     import seqio
 
     from softprompt import config, launch

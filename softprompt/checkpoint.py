@@ -27,7 +27,7 @@ class CorruptFile(ValueError):
 
 
 def write(path: Path, arrays: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
-    """Writes arrays and JSON metadata to `path`; a reader sees the old file or the whole new one."""
+    """Writes arrays and JSON metadata to `path`; readers see the old file or the whole new one."""
     arrays = {name: np.ascontiguousarray(jax.device_get(x)) for name, x in arrays.items()}
     header = {key: json.dumps(value, sort_keys=True) for key, value in metadata.items()}
     header["format_version"] = json.dumps(FORMAT_VERSION)

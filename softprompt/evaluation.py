@@ -72,7 +72,7 @@ def label_classes(task: Any) -> list[str] | None:
 
 
 def from_pairs(examples: data.Examples, labels: Sequence[str] | None) -> EvalTask:
-    """(text, target) examples judged by accuracy in per cent, and illegal outputs where there are labels."""
+    """(text, target) examples, judged by accuracy in per cent and by outputs that are no label."""
     targets = [record["targets_pretokenized"] for record in examples.records]
 
     def judge(predictions: list[str]) -> dict[str, float]:

@@ -139,9 +139,10 @@ def train(
 ) -> training.Result:
     """Trains a prompt (or whatever `trainable` names) on a seqio task or mixture.
 
-    `text_corpus` is the folder of text shards of the pre-training tasks. With `stream`, batches are read as they are needed (pre-training text) and the evaluation is
-    the loss on the first `eval_examples` of `eval_split`; else examples lie in memory and the
-    task's own metrics are evaluated. Writes to `model_dir` what the README lists.
+    `text_corpus` is the folder of text shards of the pre-training tasks. With `stream`, batches
+    are read as they are needed (pre-training text) and the evaluation is the loss on the first
+    `eval_examples` of `eval_split`; else examples lie in memory and the task's own metrics are
+    evaluated. Writes to `model_dir` what the README lists.
     """
     began = time.monotonic()
     folder = pathlib.Path(model_dir)
@@ -333,7 +334,7 @@ def eval(
     dtype: str = "float32",
     ignore_fingerprint: bool = False,
 ) -> dict[str, float]:
-    """Evaluates a prompt (None: the bare backbone) on a task's split; prints the figures as JSON."""
+    """Evaluates a prompt (None: the bare backbone) on a task's split; prints figures as JSON."""
     backbone = backbones.load(initial_checkpoint_path, dtype, mesh=mesh())
     vocabulary = _use_vocabulary(backbone)
     flat, length = _prompted(backbone, prompt_file, ignore_fingerprint)
@@ -419,15 +420,13 @@ def infer(
             task = evaluation.EvalTask(examples, labels, lambda _: {})
             predictions, _ = predictor.predict(flat, task)
             for row, predicted in zip(rows[chunk], predictions, strict=True):
-                fields = {k: v for k, v in row.fields.items()}
-                out.write(json.dumps({**fields, "prediction": predicted}, ensure_ascii=False))
+                out.write(json.dumps({**row, "prediction": predicted}, ensure_ascii=False))
                 out.write("\n")
             out.flush()
             done += len(predictions)
             rate = (done - first) / (time.monotonic() - began)
-            say(
-                f"{done}/{len(rows)} rows  {rate:.1f} rows/s  {duration((len(rows) - done) / rate)} left"
-            )
+            left = duration((len(rows) - done) / rate)
+            say(f"{done}/{len(rows)} rows  {rate:.1f} rows/s  {left} left")
     os.replace(partial, output_file)
     say(f"{len(rows)} predictions in {output_file}")
     return len(rows)

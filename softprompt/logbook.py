@@ -82,7 +82,7 @@ class Logbook:
 
 
 def _cut_after(path: pathlib.Path, step: int) -> None:
-    """Drops lines of steps after `step`, and a torn last line, so that a resumed run rewrites them."""
+    """Drops lines of steps after `step`, and a torn last line: a resumed run rewrites them."""
     if not path.exists():
         return
     kept = []

@@ -1,4 +1,4 @@
-"""Losses as weighted sums and counts: padding is masked and the division is done once, by the caller."""
+"""Losses as weighted sums and counts: padding is masked, the caller divides once."""
 
 import jax
 import jax.numpy as jnp

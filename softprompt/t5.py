@@ -448,7 +448,7 @@ class T5(nn.Module):
         return self.decoder.logits_dense(y, jnp.float32)
 
     def start_decoding(self, encoded: Array, length: int) -> tuple[list[KV], list[KV]]:
-        """Empty self-attention cache for `length` positions, and cross keys and values, made once."""
+        """Empty cache for `length` positions, and cross-attention keys and values, made once."""
         cfg = self.cfg
         shape = (encoded.shape[0], length, cfg.num_heads, cfg.head_dim)
         cache = [

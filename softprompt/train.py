@@ -108,14 +108,14 @@ def init_state(
 ) -> State:
     """The state before the first step, sharded as its parameters are."""
     everywhere = partition.replicated(mesh)
+
+    def place(path, leaf):
+        # Moments are dicts with the parameters' own keys.
+        param = trainable.get(getattr(path[-1], "key", None)) if path else None
+        return param.sharding if param is not None and param.shape == leaf.shape else everywhere
+
     shapes = jax.eval_shape(optimizer.init, trainable)
-    places = optax.tree_map_params(
-        optimizer,
-        lambda leaf, p: p.sharding if leaf.shape == p.shape else everywhere,
-        shapes,
-        trainable,
-        transform_non_params=lambda _: everywhere,
-    )
+    places = jax.tree_util.tree_map_with_path(place, shapes)
     # A copy: the train step gives its state's buffers away.
     trainable = {path: jnp.copy(x) for path, x in trainable.items()}
     scalars = {

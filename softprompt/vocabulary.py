@@ -128,7 +128,7 @@ def train(
     size: int = 8000,
     sentences: int = 800_000,
 ) -> None:
-    """Trains a unigram SentencePiece model of `size` pieces on JSON Lines and writes it to `output`.
+    """Trains a unigram SentencePiece model of `size` pieces on JSON Lines, written to `output`.
 
     Settings are T5's: pad, eos and unk are 0, 1 and 2, no bos, NFKC normalisation. The first
     `sentences` paragraphs of the inputs, in their order, are used.

@@ -1,1 +1,1 @@
-"""Tasks for seqio. Import `softprompt.tasks.registry` to register them; `records` needs no seqio."""
+"""Tasks for seqio: `softprompt.tasks.registry` registers them; `records` needs no seqio."""

@@ -15,7 +15,10 @@ MetricFn = Callable[[Sequence[Any], Sequence[Any]], Figures]
 
 def accuracy(targets, predictions) -> Figures:
     """Share of equal pairs."""
-    return {"accuracy": 100 * float(np.mean([t == p for t, p in zip(targets, predictions)]))}
+    return {
+        "accuracy": 100
+        * float(np.mean([t == p for t, p in zip(targets, predictions, strict=True)]))
+    }
 
 
 def sequence_accuracy(targets, predictions) -> Figures:

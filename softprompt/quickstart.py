@@ -1,0 +1,88 @@
+"""`softprompt quickstart`: the main job on the embedded default, without TensorFlow."""
+
+import os
+import pathlib
+import time
+
+import softprompt
+from softprompt import tree
+from softprompt.logbook import duration, say, size
+
+TASK = "question_type"
+PROMPT_LENGTH = 20
+STEPS = 400
+BATCH_SIZE = 32
+LEARNING_RATE = 0.3
+LENGTHS = {"inputs": 128, "targets": 8}
+SHOWN = 6
+
+
+def run(
+    output_dir: str | os.PathLike,
+    task: str | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+) -> int:
+    """Tunes a prompt on an embedded data set and says what happened; returns the exit code."""
+    began = time.monotonic()
+    task, steps, folder = task or TASK, steps or STEPS, pathlib.Path(output_dir)
+    data = softprompt.embedded_data(task)
+    backbone = softprompt.load_backbone()
+    say(
+        f"backbone  {backbone.name}, {tree.count(backbone.params) / 1e6:.1f}M parameters, frozen, "
+        f"fingerprint {backbone.fingerprint}"
+    )
+    say(
+        f"task      {task}: {len(data.train)} training and {len(data.validation)} validation "
+        f"examples, labels {', '.join(data.labels)}"
+    )
+    targets = [target for _, target in data.validation]
+    majority = 100 * max(targets.count(label) for label in data.labels) / len(targets)
+
+    def accuracy(prompt) -> float:
+        return softprompt.evaluate(
+            backbone, data.validation, prompt, data.labels, lengths=LENGTHS, batch_size=BATCH_SIZE
+        )["accuracy"]
+
+    before = accuracy(None)
+    say(f"accuracy  without a prompt {before:.1f}%, majority class {majority:.1f}%")
+    width = backbone.cfg.emb_dim
+    say(f"tuning    {PROMPT_LENGTH} x {width} numbers, {steps} steps of {BATCH_SIZE} examples")
+    prompt = softprompt.tune(
+        backbone,
+        data.train,
+        labels=data.labels,
+        prompt_length=PROMPT_LENGTH,
+        train_steps=steps,
+        batch_size=BATCH_SIZE,
+        learning_rate=LEARNING_RATE,
+        log_period=max(steps // 10, 1),
+        checkpoint_period=max(steps // 4, 1),
+        model_dir=folder / task,
+        lengths=LENGTHS,
+        seed=seed,
+    )
+    if prompt.metadata["step"] < steps:
+        return 0  # Stopped by SIGTERM, which the training has reported.
+    path = folder / f"{task}.safetensors"
+    prompt.save(path)
+    after = accuracy(prompt)
+    say(f"accuracy  with the tuned prompt {after:.1f}% (without {before:.1f}%)")
+    say(
+        f"backbone  fingerprint before {backbone.fingerprint}, after "
+        f"{tree.fingerprint(backbone.params)}"
+    )
+    say(f"prompt    {path}, {path.stat().st_size} bytes ({size(path.stat().st_size)})")
+    shown = data.validation[:SHOWN]
+    predicted = softprompt.classify(backbone, [text for text, _ in shown], data.labels, prompt)
+    for (text, target), answer in zip(shown, predicted, strict=True):
+        mark = "right" if answer == target else f"wrong: {target}"
+        say(f"          {text}  ->  {answer} ({mark})")
+    say(f"done in {duration(time.monotonic() - began)}; next, the same through gin and seqio:")
+    say(
+        "  softprompt train --gin_file=models/t5_1_1_embedded.gin "
+        "--gin_file=runs/prompt_finetune.gin --gin_file=prompts/from_class_labels.gin "
+        f"--gin.MIXTURE_OR_TASK_NAME=embedded_{task} --gin.TRAIN_STEPS={steps} "
+        f"--gin.EVAL_PERIOD={max(steps // 4, 1)} --gin.MODEL_DIR={folder / 'gin'}"
+    )
+    return 0
