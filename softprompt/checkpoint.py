@@ -28,11 +28,21 @@ class CorruptFile(ValueError):
 
 def write(path: Path, arrays: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
     """Writes arrays and JSON metadata to `path`; readers see the old file or the whole new one."""
-    arrays = {name: np.ascontiguousarray(jax.device_get(x)) for name, x in arrays.items()}
+    arrays = {name: np.asarray(jax.device_get(x), order="C") for name, x in arrays.items()}
     header = {key: json.dumps(value, sort_keys=True) for key, value in metadata.items()}
     header["format_version"] = json.dumps(FORMAT_VERSION)
     header["sha256"] = json.dumps(_hash(arrays))
-    write_atomically(path, safetensors_numpy.save(arrays, metadata=dict(sorted(header.items()))))
+    write_atomically(path, _sort_header(safetensors_numpy.save(arrays, metadata=header)))
+
+
+def _sort_header(content: bytes) -> bytes:
+    """The same safetensors file with its metadata in order: equal runs leave equal bytes."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -59,7 +59,7 @@ def make_step(
 ) -> Callable[[State, tree.Flat, dict[str, jax.Array]], State]:
     """The train step `(state, frozen, batch) -> state`, to be jitted.
 
-    Only `state["trainable"]` is differentiated. A step whose loss or gradient is not finite
+    Only `state["trainable"]` is differentiated. A step whose loss or update is not finite
     changes nothing, and neither does any step after it: `state["bad_step"]` names it (else -1).
     """
     dropout = module.cfg.dropout_rate > 0
@@ -83,7 +83,8 @@ def make_step(
         )
         updates, opt = optimizer.update(grads, state["opt"], state["trainable"])
         moved = optax.apply_updates(state["trainable"], updates)
-        finite = jnp.isfinite(mean) & jnp.isfinite(optax.global_norm(grads))
+        # A gradient that is not finite shows in its update.
+        finite = jnp.isfinite(mean) & jnp.isfinite(optax.tree.norm(updates))
         good = finite & (state["bad_step"] < 0)
 
         def choose(new, old):
@@ -316,7 +317,7 @@ def _check_finite(state: State, save, model_dir, trained_now) -> None:
         path = pathlib.Path(model_dir) / "prompts" / f"{bad - 1}"
         save(path, trained_now(), {"step": bad - 1})
         kept = f"; what was trained until then lies in {path}.safetensors"
-    raise Diverged(f"the loss was not finite at step {bad}{kept}")
+    raise Diverged(f"the loss or its gradient was not finite at step {bad}{kept}")
 
 
 def _best_path(model_dir: str | os.PathLike) -> pathlib.Path:

@@ -23,8 +23,8 @@ class Vocabulary:
 
     Two vocabularies are equal when their pieces are, wherever their files lie.
 
-    >>> vocabulary = Vocabulary("spiece.model")         # doctest: +SKIP
-    >>> vocabulary.encode("a fine film")                # doctest: +SKIP
+    >>> vocabulary = Vocabulary("spiece.model")
+    >>> vocabulary.encode("a fine film")
     [9, 1530, 1220]
     """
 

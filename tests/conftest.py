@@ -1,0 +1,76 @@
+"""Fixtures: the embedded backbone, a tiny random one, and data that only some machines have."""
+
+import os
+import pathlib
+
+import numpy as np
+import pytest
+
+from softprompt import backbone as backbones
+from softprompt import partition, t5
+from softprompt.vocabulary import Vocabulary
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+# A small T5 1.1 whose sizes all differ, so that no axis can be taken for another.
+TINY = t5.T5Config(
+    vocab_size=8192,
+    emb_dim=24,
+    num_heads=4,
+    num_encoder_layers=3,
+    num_decoder_layers=2,
+    head_dim=8,
+    mlp_dim=40,
+)
+
+
+@pytest.fixture(scope="session")
+def vocabulary() -> Vocabulary:
+    return Vocabulary(backbones.EMBEDDED / backbones.VOCABULARY_FILE)
+
+
+@pytest.fixture(scope="session")
+def tiny(vocabulary):
+    """A random backbone with the embedded vocabulary, on one device."""
+    return backbones.random(TINY, 0, vocabulary, partition.make_mesh(devices=1), "tiny")
+
+
+@pytest.fixture(scope="session")
+def embedded():
+    return backbones.load("embedded")
+
+
+@pytest.fixture(scope="session")
+def pairs():
+    """Twelve (text, target) pairs of two labels."""
+    good = ["a fine film", "a lovely day", "I like it", "what a joy", "very good", "so warm"]
+    bad = ["a dull film", "a grim day", "I hate it", "what a bore", "very bad", "so cold"]
+    return [(t, "positive") for t in good] + [(t, "negative") for t in bad]
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def folder_of(variable: str, what: str) -> pathlib.Path:
+    """The folder that an environment variable names; the test skips where there is none."""
+    value = os.environ.get(variable)
+    if not value:
+        pytest.skip(f"{variable} is not set: it names {what}")
+    return pathlib.Path(value)
+
+
+@pytest.fixture(scope="session")
+def task_data():
+    return folder_of("SOFTPROMPT_TEST_DATA", "a folder of SuperGLUE and GLUE data as JSON Lines")
+
+
+@pytest.fixture(scope="session")
+def corpus():
+    return folder_of("SOFTPROMPT_TEST_CORPUS", "a folder of text as JSON Lines")
+
+
+@pytest.fixture(scope="session")
+def fixtures():
+    return folder_of("SOFTPROMPT_TEST_FIXTURES", "a folder with T5's vocabulary")

@@ -1,0 +1,301 @@
+"""The thesis first: a step moves the prompt, and every backbone leaf stays bit-identical."""
+
+import dataclasses
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY
+
+from softprompt import backbone as backbones
+from softprompt import data, optim, partition, train, tree
+from softprompt.prompted import PromptedT5
+
+LENGTHS = {"inputs": 16, "targets": 8}
+
+
+def batches_of(backbone, pairs, rows, batch_size=4, seed=0):
+    examples = data.from_pairs(pairs, backbone.vocabulary, LENGTHS)
+    slots = backbone.cfg.vocab_size + np.arange(rows, dtype=np.int32)
+    return data.train_batches([examples], [1.0], batch_size, seed, slots)
+
+
+def prompt_of(backbone, rows=5):
+    return np.random.default_rng(1).uniform(-0.5, 0.5, (rows, backbone.cfg.emb_dim)).astype("f4")
+
+
+def fit(backbone, pairs, steps=4, rows=5, **settings):
+    settings.setdefault("log_period", 100)
+    return train.fit(
+        backbone,
+        settings.pop("batches", None) or batches_of(backbone, pairs, rows),
+        settings.pop("optimizer", None) or optim.adafactor(0.3),
+        steps,
+        prompt=prompt_of(backbone, rows) if rows else None,
+        **settings,
+    )
+
+
+def bits(flat):
+    return {path: np.asarray(jax.device_get(x)).tobytes() for path, x in flat.items()}
+
+
+# --- the thesis ---------------------------------------------------------------------------------
+
+
+def test_a_step_moves_the_prompt_and_no_bit_of_the_backbone(embedded, pairs):
+    before, before_print = bits(embedded.params), tree.fingerprint(embedded.params)
+    start = prompt_of(embedded)
+    result = fit(embedded, pairs, steps=1)
+    assert set(result.trained) == {train.PROMPT}
+    moved = np.abs(result.trained[train.PROMPT] - start)
+    assert (moved > 0).all(), "every number of the prompt takes part"
+    after = bits(embedded.params)
+    assert after.keys() == before.keys()
+    assert [path for path in before if after[path] != before[path]] == []
+    assert tree.fingerprint(embedded.params) == before_print
+
+
+def test_model_tuning_moves_every_leaf(tiny, pairs):
+    result = fit(tiny, pairs, trainable=(".*",), optimizer=optim.adafactor(1e-2))
+    assert set(result.trained) == {*tiny.params, train.PROMPT}
+    still = [p for p, x in tiny.params.items() if np.array_equal(x, result.trained[p])]
+    assert still == []
+
+
+def test_a_named_partition_trains_alone(tiny, pairs):
+    pattern = "decoder/logits_dense/.*"
+    result = fit(tiny, pairs, trainable=(pattern,))
+    assert set(result.trained) == {"decoder/logits_dense/kernel"}
+
+
+def compiled(backbone, trainable, rows=5):
+    optimizer = optim.adafactor(0.3)
+    params = dict(backbone.params, **{train.PROMPT: jnp.asarray(prompt_of(backbone, rows))})
+    trained, fixed = tree.split(params, trainable)
+    state = train.init_state(trained, optimizer, backbone.mesh)
+    step = jax.jit(train.make_step(PromptedT5(backbone.cfg, rows), optimizer))
+    batch = {"encoder_ids": np.ones((4, 21), np.int32), "targets": np.ones((4, 8), np.int32)}
+    return state, step.lower(state, fixed, batch).compile()
+
+
+def test_frozen_weights_have_neither_gradients_nor_optimizer_state(embedded):
+    prompt_state, prompt_step = compiled(embedded, ("prompt/.*",))
+    full_state, full_step = compiled(embedded, (".*",))
+    floats = {
+        name: sum(x.size for x in jax.tree.leaves(state["opt"]))
+        for name, state in (("prompt", prompt_state), ("full", full_state))
+    }
+    # Adafactor keeps at most one number per parameter, and a few counters.
+    assert floats["prompt"] < 2 * 5 * embedded.cfg.emb_dim
+    assert floats["full"] > 40 * floats["prompt"]
+    # A frozen kernel costs two products (forward, gradient of its input), a trained one three.
+    ratio = prompt_step.cost_analysis()["flops"] / full_step.cost_analysis()["flops"]
+    assert ratio < 0.75
+
+
+# --- freezing rules -----------------------------------------------------------------------------
+
+
+def test_a_pattern_that_matches_nothing_is_an_error(tiny, pairs):
+    with pytest.raises(ValueError, match="'promt/.\\*' matches no parameter"):
+        fit(tiny, pairs, trainable=("promt/.*",))
+
+
+def test_a_parameter_without_a_rule_is_an_error(tiny, pairs):
+    with pytest.raises(ValueError, match="train or stay frozen: decoder/"):
+        fit(tiny, pairs, frozen=("encoder/.*",))
+
+
+# --- divergence ---------------------------------------------------------------------------------
+
+
+def keep(saved):
+    def save(path, trained, note):
+        saved[path.name] = trained[train.PROMPT]
+
+    return save
+
+
+def test_an_update_that_is_not_finite_stops_and_keeps_the_last_good_prompt(tiny, pairs, tmp_path):
+    saved = {}
+    optimizer = optim.adafactor(lambda step: jnp.where(step >= 2, jnp.nan, 0.3))
+    with pytest.raises(train.Diverged, match="not finite at step 3.*prompts/2.safetensors"):
+        fit(tiny, pairs, 20, optimizer=optimizer, model_dir=tmp_path, save=keep(saved))
+    np.testing.assert_array_equal(saved["2"], fit(tiny, pairs, 2).trained[train.PROMPT])
+
+
+def test_a_loss_that_is_not_finite_names_its_step(tiny, pairs, tmp_path):
+    saved = {}
+    sick = {**tiny.params, "decoder/decoder_norm/scale": jnp.full(24, jnp.nan)}
+    backbone = dataclasses.replace(tiny, params=sick)
+    with pytest.raises(train.Diverged, match="not finite at step 1"):
+        fit(backbone, pairs, 20, model_dir=tmp_path, save=keep(saved))
+    np.testing.assert_array_equal(saved["0"], prompt_of(tiny))
+
+
+# --- resuming -----------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_ends_bit_identical(tiny, pairs, tmp_path):
+    whole = fit(tiny, pairs, 9)
+    fit(tiny, pairs, 4, model_dir=tmp_path)
+    resumed = fit(tiny, pairs, 9, model_dir=tmp_path)
+    assert resumed.step == whole.step == 9
+    assert bits(resumed.trained) == bits(whole.trained)
+
+
+def test_a_corrupt_checkpoint_is_named_and_the_one_before_it_taken(tiny, pairs, tmp_path, capsys):
+    whole = fit(tiny, pairs, 9)
+    fit(tiny, pairs, 6, model_dir=tmp_path, checkpoint_period=3)
+    newest = tmp_path / "checkpoints" / "6.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-9] ^= 1
+    newest.write_bytes(content)
+    resumed = fit(tiny, pairs, 9, model_dir=tmp_path)
+    said = capsys.readouterr().out
+    assert "6.safetensors' is corrupt" in said and "resuming from step 3" in said
+    assert bits(resumed.trained) == bits(whole.trained)
+
+
+def test_when_every_checkpoint_is_torn_nothing_is_started_over(tiny, pairs, tmp_path):
+    fit(tiny, pairs, 2, model_dir=tmp_path)
+    path = tmp_path / "checkpoints" / "2.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="every checkpoint .* is corrupt"):
+        fit(tiny, pairs, 4, model_dir=tmp_path)
+
+
+def test_the_checkpoint_of_another_run_is_refused(tiny, pairs, tmp_path):
+    fit(tiny, pairs, 2, model_dir=tmp_path, identity={"task": "a", "seed": 0})
+    with pytest.raises(ValueError, match="task was 'a', is now 'b'"):
+        fit(tiny, pairs, 4, model_dir=tmp_path, identity={"task": "b", "seed": 0})
+    with pytest.raises(ValueError, match="another run"):
+        fit(tiny, pairs, 4, rows=7, model_dir=tmp_path, identity={"task": "a", "seed": 0})
+
+
+def test_a_checkpoint_holds_no_frozen_weights(tiny, pairs, tmp_path):
+    fit(tiny, pairs, 2, model_dir=tmp_path)
+    size = (tmp_path / "checkpoints" / "2.safetensors").stat().st_size
+    assert size < 10 * 5 * tiny.cfg.emb_dim * 4 + 4096
+
+
+# A run of its own process, slow enough to be stopped in its middle, that logs every step.
+RUN = """
+import sys, time, numpy as np, softprompt
+from softprompt import partition, backbone as backbones, prompt, data
+sys.path.insert(0, {tests!r})
+from conftest import TINY
+from softprompt.vocabulary import Vocabulary
+words = Vocabulary(backbones.EMBEDDED / backbones.VOCABULARY_FILE)
+tiny = backbones.random(TINY, 0, words, partition.make_mesh(devices=1), "tiny")
+pairs = [("a fine film", "positive"), ("a dull film", "negative"), ("I like it", "positive"),
+         ("I hate it", "negative"), ("very good", "positive"), ("very bad", "negative")]
+pad = data.pad
+def slow_pad(*arguments):
+    time.sleep({pause})
+    return pad(*arguments)
+data.pad = slow_pad
+softprompt.tune(tiny, pairs, pairs, labels=["positive", "negative"], prompt_length=5,
+    train_steps=60, batch_size=4, eval_period=20, log_period=1, checkpoint_period=7,
+    model_dir=sys.argv[1], lengths={{"inputs": 16, "targets": 8}})
+"""
+
+
+def start(folder: pathlib.Path, pause: float = 0.0) -> subprocess.Popen:
+    code = textwrap.dedent(RUN.format(tests=str(pathlib.Path(__file__).parent), pause=pause))
+    return subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE)
+
+
+def stop_after(process: subprocess.Popen, step: int, how: signal.Signals) -> str:
+    """Sends a signal once the run has logged `step`; returns all that it said."""
+    said = ""
+    for line in process.stdout:
+        said += line.decode()
+        if line.startswith(f"step {step}/".encode()):
+            process.send_signal(how)
+            break
+    rest, _ = process.communicate(timeout=120)
+    return said + rest.decode()
+
+
+def outcome(folder: pathlib.Path):
+    figures = (folder / "eval" / "metrics.jsonl").read_text()
+    losses = (folder / "train.jsonl").read_text()
+    prompts = {p.name: p.read_bytes() for p in (folder / "prompts").iterdir()}
+    return figures, losses, prompts
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(tmp_path):
+    whole = tmp_path / "whole"
+    assert start(whole).wait(timeout=120) == 0
+    killed = tmp_path / "killed"
+    for step in (3, 12, 41):
+        process = start(killed, pause=0.01)
+        stop_after(process, step, signal.SIGKILL)
+        assert process.returncode == -signal.SIGKILL
+    assert start(killed).wait(timeout=120) == 0
+    assert outcome(killed) == outcome(whole)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_the_run_goes_on_from_that_step(tmp_path):
+    process = start(tmp_path, pause=0.01)
+    said = stop_after(process, 10, signal.SIGTERM)
+    assert process.returncode == 0
+    assert "stopped by SIGTERM after step" in said
+    stopped_at = int(said.split("stopped by SIGTERM after step ")[1].split(";")[0])
+    assert 10 <= stopped_at < 60
+    again = start(tmp_path)
+    said = again.communicate(timeout=120)[0].decode()
+    assert again.returncode == 0
+    assert f"resuming from step {stopped_at}" in said
+
+
+# --- the best prompt ----------------------------------------------------------------------------
+
+
+def test_the_best_step_is_kept_and_patience_stops(tiny, pairs):
+    figures = iter([1.0, 3.0, 2.0, 2.5, 9.0])
+    seen = {}
+
+    def evaluate(flat, step):
+        seen[step] = np.asarray(flat[train.PROMPT]).copy()
+        return {"accuracy": next(figures), "illegal": 100.0}
+
+    result = fit(tiny, pairs, 20, evaluate=evaluate, eval_period=2, patience=2)
+    assert (result.step, result.best_step, result.best_metric) == (8, 4, 3.0)
+    np.testing.assert_array_equal(result.best[train.PROMPT], seen[4])
+
+
+def test_best_metric_may_be_named_and_minimised():
+    figures = {"loss": 2.0, "accuracy": 50.0, "illegal": 7.0}
+    assert train.choose_metric(figures, "-loss") == -2.0
+    assert train.choose_metric(figures, "accuracy") == 50.0
+    with pytest.raises(ValueError, match="'f1' is not among the figures loss, accuracy"):
+        train.choose_metric(figures, "f1")
+
+
+def test_without_an_evaluation_nothing_is_evaluated(tiny, pairs):
+    calls = []
+    fit(tiny, pairs, 4, evaluate=lambda flat, step: calls.append(step) or {"a": 0.0})
+    assert calls == [4], "only at the end, unless an eval period is given"
+
+
+def test_dropout_and_half_precision_train_the_prompt_in_float32(vocabulary, pairs):
+    cfg = dataclasses.replace(
+        TINY, num_encoder_layers=1, num_decoder_layers=1, dropout_rate=0.1, dtype=jnp.bfloat16
+    )
+    backbone = backbones.random(cfg, 0, vocabulary, partition.make_mesh(devices=1))
+    one, other = fit(backbone, pairs, seed=0), fit(backbone, pairs, seed=1)
+    assert one.trained[train.PROMPT].dtype == np.float32
+    assert not np.array_equal(one.trained[train.PROMPT], other.trained[train.PROMPT])
+    again = fit(backbone, pairs, seed=0)
+    assert bits(one.trained) == bits(again.trained)
