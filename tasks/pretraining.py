@@ -202,7 +202,5 @@ def _only_targets(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 
 _register("pretrain_span_corruption", span_corruption)
-_register(
-    "pretrain_span_corruption_dense", functools.partial(span_corruption, noise_density=0.5)
-)
+_register("pretrain_span_corruption_dense", functools.partial(span_corruption, noise_density=0.5))
 _register("pretrain_prefix_lm", prefix_lm)

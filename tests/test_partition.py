@@ -1,0 +1,84 @@
+"""One device and eight virtual ones train the same prompt, whichever way the mesh is cut."""
+
+import dataclasses
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import TINY
+
+from softprompt import backbone as backbones
+from softprompt import partition
+
+RUN = """
+import sys, numpy as np
+sys.path.insert(0, sys.argv[1])
+import jax
+from conftest import TINY
+from test_train import fit
+from softprompt import backbone as backbones, evaluation, data, partition, train, tree
+from softprompt.vocabulary import Vocabulary
+words = Vocabulary(backbones.EMBEDDED / backbones.VOCABULARY_FILE)
+pairs = [(f"number {i} of the lot", "odd" if i % 2 else "even") for i in range(16)]
+found = {}
+for shape in ((1, 1), (8, 1), (4, 2), (2, 4)):
+    mesh = partition.make_mesh(*shape, devices=shape[0] * shape[1])
+    backbone = backbones.random(TINY, 0, words, mesh)
+    kernel = backbone.params["encoder/layers_0/mlp/wi_0/kernel"]
+    assert kernel.addressable_shards[0].data.shape == (24, 40 // shape[1])
+    before = tree.fingerprint(backbone.params)
+    from test_train import batches_of
+    result = fit(backbone, pairs, 5, batches=batches_of(backbone, pairs, 5, batch_size=8))
+    assert tree.fingerprint(backbone.params) == before
+    flat = {**backbone.params, train.PROMPT: result.trained[train.PROMPT]}
+    examples = data.from_pairs(pairs, words, {"inputs": 16, "targets": 8})
+    scores = evaluation.Predictor(backbone, 5, "rank", 8).score(flat, examples, ["odd", "even"])
+    texts = evaluation.Predictor(backbone, 5, "generate", 8, 4).generate(flat, examples)
+    found["x".join(map(str, shape))] = result.trained[train.PROMPT]
+    found["scores" + "x".join(map(str, shape))] = scores
+    print(tree.fingerprint(backbone.params), texts[:3])
+np.savez(sys.argv[2], **found)
+"""
+
+
+@pytest.mark.slow
+def test_eight_devices_train_what_one_does(tmp_path):
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    here, out = str(pathlib.Path(__file__).parent), str(tmp_path / "found.npz")
+    run = subprocess.run(
+        [sys.executable, "-c", RUN, here, out],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    said = run.stdout.splitlines()
+    # Every mesh starts from the same weights and generates the same texts.
+    assert len({line for line in said if not line.startswith("step")}) == 1
+    found = np.load(out)
+    for shape in ("8x1", "4x2", "2x4"):
+        np.testing.assert_allclose(found[shape], found["1x1"], atol=2e-4)
+        np.testing.assert_allclose(found["scores" + shape], found["scores1x1"], atol=1e-3)
+
+
+def test_an_axis_that_the_mesh_does_not_divide_is_named():
+    variables = backbones.abstract(dataclasses.replace(TINY, mlp_dim=41))
+    mesh = jax.sharding.AbstractMesh((1, 2), ("data", "model"))
+    with pytest.raises(ValueError, match="'mlp' has 41 entries, which 2 devices"):
+        partition.shardings(variables, mesh)
+
+
+def test_a_mesh_larger_than_the_machine_is_refused():
+    count = len(jax.devices())
+    with pytest.raises(ValueError, match=f"needs {3 * count} devices, got {count}"):
+        partition.make_mesh(3, count)
+
+
+def test_a_logical_axis_without_a_rule_is_an_error():
+    with pytest.raises(ValueError, match=r"no sharding rule for the logical axes \['width'\]"):
+        partition.spec(("embed", "width"))

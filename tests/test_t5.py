@@ -1,0 +1,163 @@
+"""T5 against an independent implementation's logits, and the model's own invariants."""
+
+import dataclasses
+import importlib.util
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY
+
+from softprompt import backbone as backbones
+from softprompt import losses, t5, tree
+from softprompt.prompted import PromptedT5
+
+GOLDENS = pathlib.Path(__file__).parent / "goldens"
+_spec = importlib.util.spec_from_file_location("goldens_t5", GOLDENS / "t5.py")
+golden = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(golden)
+
+
+@pytest.mark.parametrize("prompted", [False, True])
+@pytest.mark.parametrize("family", golden.FAMILIES)
+def test_logits_equal_those_of_hugging_face(family, prompted):
+    cfg = t5.T5Config(**golden.SIZES, **golden.FAMILIES[family])
+    given = golden.inputs()
+    rows = len(given["prompt"]) if prompted else 0
+    shapes = tree.flatten(backbones.abstract(cfg)["params"])
+    params = {path: golden.draw(path, x.shape) for path, x in shapes.items()}
+    ids = given["encoder"]
+    if prompted:
+        params["prompt/bank"] = given["prompt"]
+        slots = np.tile(cfg.vocab_size + np.arange(rows, dtype=np.int32), (len(ids), 1))
+        ids = np.concatenate([slots, ids], axis=1)
+    with jax.default_matmul_precision("float32"):
+        logits = PromptedT5(cfg, rows).apply(
+            {"params": tree.unflatten(params)}, ids, given["decoder"]
+        )
+    expected = np.load(GOLDENS / "t5.npz")[family + ("_prompted" if prompted else "")]
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+
+def test_paths_and_axes_are_those_of_t5x():
+    variables = backbones.abstract(TINY)
+    params = tree.flatten(variables["params"])
+    axes = {p.removesuffix("_axes"): a for p, a in tree.flatten(variables["params_axes"]).items()}
+    assert params.keys() == axes.keys()
+    some = {
+        "token_embedder/embedding": ("vocab", "embed"),
+        "encoder/relpos_bias/rel_embedding": ("heads", "relpos_buckets"),
+        "encoder/layers_0/pre_attention_layer_norm/scale": ("embed",),
+        "encoder/layers_0/attention/query/kernel": ("embed", "joined_kv"),
+        "encoder/layers_2/attention/out/kernel": ("joined_kv", "embed"),
+        "encoder/layers_1/mlp/wi_0/kernel": ("embed", "mlp"),
+        "encoder/layers_1/mlp/wo/kernel": ("mlp", "embed"),
+        "encoder/encoder_norm/scale": ("embed",),
+        "decoder/layers_0/encoder_decoder_attention/key/kernel": ("embed", "joined_kv"),
+        "decoder/layers_1/pre_cross_attention_layer_norm/scale": ("embed",),
+        "decoder/decoder_norm/scale": ("embed",),
+        "decoder/logits_dense/kernel": ("embed", "vocab"),
+    }
+    assert {p: tuple(axes[p].names) for p in some} == some
+
+
+@pytest.mark.parametrize(
+    "size, millions",
+    # Published counts (Raffel et al. 2020, section 3.7; the T5 1.1 releases), rows padded to 32,128.
+    [("t5_small", 61), ("t5_base", 223), ("t5_large", 738), ("t5_xl", 2852), ("t5_xxl", 11307),
+     ("t5_1_1_small", 77), ("t5_1_1_base", 248), ("t5_1_1_large", 783), ("t5_1_1_xl", 2850),
+     ("t5_1_1_xxl", 11135)],
+)  # fmt: skip
+def test_sizes_have_the_published_number_of_parameters(size, millions):
+    count = tree.count(tree.flatten(backbones.abstract(t5.config(size))["params"]))
+    assert round(count / 1e6) == millions
+
+
+def test_padding_and_other_rows_change_nothing(tiny):
+    module, params = PromptedT5(tiny.cfg), {"params": tree.unflatten(tiny.params)}
+    ids = jnp.array([[5, 9, 7, 1], [8, 2, 1, 0]])
+    out = jnp.array([[0, 4, 6], [0, 3, 5]])
+    together = module.apply(params, ids, out)
+    alone = module.apply(params, ids[1:, :3], out[1:])
+    wider = module.apply(params, jnp.pad(ids, ((0, 0), (0, 5))), out)
+    np.testing.assert_allclose(together[1], alone[0], atol=1e-5)
+    np.testing.assert_allclose(together, wider, atol=1e-5)
+
+
+def test_the_decoder_sees_no_later_token(tiny):
+    module, params = PromptedT5(tiny.cfg), {"params": tree.unflatten(tiny.params)}
+    ids = jnp.array([[5, 9, 7, 1]])
+    one = module.apply(params, ids, jnp.array([[0, 4, 6, 8]]))
+    other = module.apply(params, ids, jnp.array([[0, 4, 7, 2]]))
+    np.testing.assert_allclose(one[:, :2], other[:, :2], atol=1e-6)
+    assert np.abs(one[:, 2] - other[:, 2]).max() > 1e-3
+
+
+def test_packed_segments_give_what_separate_rows_give(tiny):
+    """Two prompted examples in one row: a block each, behind prompts of their own."""
+    rows, vocab = 5, tiny.cfg.vocab_size
+    bank = np.random.default_rng(0).normal(size=(rows, tiny.cfg.emb_dim)).astype(np.float32)
+    module = PromptedT5(tiny.cfg, rows)
+    params = {"params": tree.unflatten({**tiny.params, "prompt/bank": bank})}
+    first = jnp.array([[vocab, vocab + 1, 5, 9, 1]])
+    second = jnp.array([[vocab + 2, vocab + 3, vocab + 4, 7, 8, 6, 1]])
+    outs = jnp.array([[0, 4]]), jnp.array([[0, 3, 11]])
+    packed = module.apply(
+        params,
+        jnp.concatenate([first, second], 1),
+        jnp.concatenate(outs, 1),
+        jnp.array([[1] * 5 + [2] * 7]),
+        jnp.array([[1] * 2 + [2] * 3]),
+    )
+    alone = [module.apply(params, i, o) for i, o in zip((first, second), outs, strict=True)]
+    np.testing.assert_allclose(packed, jnp.concatenate(alone, 1), atol=1e-5)
+
+
+def test_slots_read_the_bank_wherever_they_stand(tiny):
+    """A bank row equal to a token's embedding is that token, in front or in the middle."""
+    embedding = np.asarray(tiny.params["token_embedder/embedding"])
+    bank = embedding[[5, 42]]
+    plain = PromptedT5(tiny.cfg).apply(
+        {"params": tree.unflatten(tiny.params)}, jnp.array([[5, 9, 42, 1]]), jnp.array([[0, 4]])
+    )
+    vocab = tiny.cfg.vocab_size
+    slotted = PromptedT5(tiny.cfg, 2).apply(
+        {"params": tree.unflatten({**tiny.params, "prompt/bank": bank})},
+        jnp.array([[vocab, 9, vocab + 1, 1]]),
+        jnp.array([[0, 4]]),
+    )
+    np.testing.assert_array_equal(plain, slotted)
+
+
+def test_bfloat16_activations_give_float32_logits(tiny):
+    cfg = dataclasses.replace(tiny.cfg, dtype=jnp.bfloat16)
+    params = {"params": tree.unflatten(tiny.params)}
+    ids, out = jnp.array([[5, 9, 7, 1]]), jnp.array([[0, 4]])
+    half = PromptedT5(cfg).apply(params, ids, out)
+    full = PromptedT5(tiny.cfg).apply(params, ids, out)
+    assert half.dtype == jnp.float32
+    np.testing.assert_allclose(half, full, atol=0.1 * float(jnp.abs(full).max()))
+
+
+# --- losses -------------------------------------------------------------------------------------
+
+
+def test_cross_entropy_masks_padding_and_divides_nothing():
+    logits = jnp.array([[[2.0, 0.0, 1.0], [0.0, 3.0, 0.0], [9.0, 0.0, 0.0]]])
+    targets = jnp.array([[2, 1, 0]])
+    loss, count = losses.cross_entropy(logits, targets)
+    log_p = jax.nn.log_softmax(logits)
+    np.testing.assert_allclose(loss, -(log_p[0, 0, 2] + log_p[0, 1, 1]), rtol=1e-6)
+    assert count == 2
+    smoothed, _ = losses.cross_entropy(logits, targets, label_smoothing=0.3)
+    uniform = -(log_p[0, 0].mean() + log_p[0, 1].mean())
+    np.testing.assert_allclose(smoothed, 0.7 * loss + 0.3 * uniform, rtol=1e-5)
+    with_z, _ = losses.cross_entropy(logits, targets, z_loss=0.1)
+    z = jax.nn.logsumexp(logits[0, :2], axis=-1)
+    np.testing.assert_allclose(with_z, loss + 0.1 * (z**2).sum(), rtol=1e-5)
+
+
+def test_decoder_inputs_start_with_padding():
+    np.testing.assert_array_equal(losses.shift_right(jnp.array([[4, 5, 1]])), [[0, 4, 5]])
