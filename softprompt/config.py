@@ -7,8 +7,8 @@ The only module that imports gin. Gin files name our functions through gin's dyn
 import ast
 import contextlib
 import difflib
+import logging
 import pathlib
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -66,8 +66,20 @@ def _parse_file(file: str, folders: Sequence[str]) -> None:
             f"no gin file {file!r} in the working directory, {', '.join(map(repr, folders))}"
             + (f"; did you mean {', '.join(near)}?" if near else "")
         )
-    with _one_sentence(file):
+    with _one_sentence(file), _without_search_messages():
         gin.parse_config_file(file)
+
+
+@contextlib.contextmanager
+def _without_search_messages() -> Iterator[None]:
+    """Gin logs an error for every folder that does not hold a file which the next one holds."""
+    root = logging.getLogger()
+    quiet = lambda record: not str(record.msg).startswith("Path not found")  # noqa: E731
+    root.addFilter(quiet)
+    try:
+        yield
+    finally:
+        root.removeFilter(quiet)
 
 
 @contextlib.contextmanager
@@ -81,7 +93,7 @@ def _one_sentence(where: str) -> Iterator[None]:
 
 
 def literal(value: str) -> str:
-    """A flag's value as gin source: a bare word or path becomes a string, the rest stays.
+    """A flag's value as gin source: a bare text or path becomes a string, the rest stays.
 
     >>> literal("/tmp/run"), literal("'/tmp/run'"), literal("300"), literal("@optim.adamw()")
     ("'/tmp/run'", "'/tmp/run'", '300', '@optim.adamw()')
@@ -91,7 +103,8 @@ def literal(value: str) -> str:
     try:
         ast.literal_eval(value)
     except (ValueError, SyntaxError):
-        if re.fullmatch(r"[\w./:~+\- ]*", value):
+        # What opens like a container or a string is gin's to judge.
+        if not value.startswith(("(", "[", "{", "'", '"')):
             return repr(value)
     return value
 

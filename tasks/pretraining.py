@@ -1,11 +1,14 @@
 """Pre-training tasks over unlabelled text: span corruption and prefix language modelling.
 
-`pretrain_span_corruption` is T5's objective (Raffel et al. 2020, section 3.1.4: 15% noise, mean
-span 3, sentinels), `pretrain_span_corruption_dense` the same with 50% noise, which gives three
-times the loss terms per step (T5's table 6 finds the two about as good); `pretrain_prefix_lm` is the "LM adaptation" objective (Lester et al. 2021,
-section 3.3: a prefix as input, its continuation as target). Both read JSON Lines shards with a
-`text` field from the folder that `use_corpus` or SOFTPROMPT_CORPUS names: `train*.jsonl[.gz|.xz]`
-and `validation*.jsonl[.gz|.xz]`.
+- `pretrain_span_corruption` is T5's objective (Raffel et al. 2020, section 3.1.4: 15% noise, mean
+  span 3, sentinels).
+- `pretrain_span_corruption_dense` is the same with 50% noise: more than three times the loss terms
+  per step. Their table 6 finds rates from 10% to 50% about as good.
+- `pretrain_prefix_lm` is the "LM adaptation" objective (Lester et al. 2021, section 3.3): a prefix
+  as input, its continuation as target.
+
+All read JSON Lines shards with a `text` field from the folder that `use_corpus` or SOFTPROMPT_CORPUS
+names: `train*.jsonl[.gz|.xz]` and `validation*.jsonl[.gz|.xz]`.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Initialisers of the paper, prompt files, and the fingerprint that ties a prompt to its backbone."""
+"""Initialisers of the paper, prompt files, and the fingerprint that ties one to a backbone."""
 
 import jax
 import numpy as np

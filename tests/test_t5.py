@@ -65,7 +65,7 @@ def test_paths_and_axes_are_those_of_t5x():
 
 @pytest.mark.parametrize(
     "size, millions",
-    # Published counts (Raffel et al. 2020, section 3.7; the T5 1.1 releases), rows padded to 32,128.
+    # As published (Raffel et al. 2020, section 3.7; the T5 1.1 releases), with 32,128 rows.
     [("t5_small", 61), ("t5_base", 223), ("t5_large", 738), ("t5_xl", 2852), ("t5_xxl", 11307),
      ("t5_1_1_small", 77), ("t5_1_1_base", 248), ("t5_1_1_large", 783), ("t5_1_1_xl", 2850),
      ("t5_1_1_xxl", 11135)],
