@@ -52,7 +52,8 @@ def parse(
             raise ValueError(f"--gin.{name}: no gin file given knows the name {name!r}; {hint}")
         with _one_sentence(f"--gin.{name}={value}"):
             gin.parse_config(f"{name} = {literal(value)}")
-    missing = [name for name, value in macros().items() if value is gin.REQUIRED]
+    # Gin keeps a reference to its constant, which is resolved only when a function is called.
+    missing = [name for name, value in macros().items() if str(value) == "%gin.REQUIRED"]
     if missing:
         flags = " ".join(f"--gin.{name}=…" for name in missing)
         raise ValueError(f"required gin macros have no value: {', '.join(missing)}; give {flags}")

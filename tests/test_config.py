@@ -1,0 +1,110 @@
+"""Gin: every shipped file resolves; every mistake is one sentence."""
+
+import itertools
+
+import gin
+import pytest
+
+from softprompt import config, launch
+
+MODELS = [f for f in config.shipped() if f.startswith("models/") and f != "models/t5.gin"]
+PROMPTS = [f for f in config.shipped() if f.startswith("prompts/")]
+TRAIN = {
+    "MODEL_DIR": "/tmp/x",
+    "MIXTURE_OR_TASK_NAME": "t",
+    "INITIAL_CHECKPOINT_PATH": "embedded",
+    "TASK_FEATURE_LENGTHS": "{'inputs': 64, 'targets': 8}",
+    "CORPUS": "c",
+    "VOCABULARY_FILE": "v",
+    "PROMPT_FILE": "p",
+    "INPUT_FILE": "i",
+    "OUTPUT_FILE": "o",
+    "CLASS_LABELS": "['a', 'b']",
+    "INITIAL_TEXT": "some text",
+}
+COMMANDS = {
+    "runs/prompt_finetune.gin": "train",
+    "runs/pretrain.gin": "train",
+    "runs/lm_adapt.gin": "train",
+    "runs/prompt_eval.gin": "eval",
+    "runs/prompt_infer.gin": "infer",
+}
+
+
+def parse(files, **bindings):
+    """Parses, giving whatever the files require and these tests know."""
+    try:
+        config.parse(files, list(bindings.items()))
+    except ValueError as error:
+        if "required gin macros" not in str(error):
+            raise
+        named = str(error).split(": ")[1].split("; ")[0].split(", ")
+        config.parse(files, [*((n, TRAIN[n]) for n in named), *bindings.items()])
+
+
+def test_every_run_file_is_known_here():
+    assert set(COMMANDS) == {f for f in config.shipped() if f.startswith("runs/")}
+
+
+@pytest.mark.parametrize("model, run", itertools.product(MODELS, COMMANDS))
+def test_every_model_and_run_resolve(model, run):
+    parse([model, run])
+    bindings = gin.get_bindings(f"launch.{COMMANDS[run]}")
+    assert bindings["task_feature_lengths"].keys() == {"inputs", "targets"}
+    assert bindings.get("architecture", "t5") and callable(bindings["mesh"])
+
+
+@pytest.mark.parametrize("prompt_file", PROMPTS)
+def test_every_initialiser_resolves(prompt_file):
+    parse(["models/t5_1_1_embedded.gin", "runs/prompt_finetune.gin", prompt_file])
+    init = gin.get_bindings("launch.train")["prompt_init"]
+    assert callable(init)
+
+
+def test_all_missing_macros_are_listed_at_once():
+    with pytest.raises(ValueError) as error:
+        config.parse(["models/t5_1_1_base.gin", "runs/prompt_finetune.gin"])
+    for name in ("MODEL_DIR", "MIXTURE_OR_TASK_NAME", "INITIAL_CHECKPOINT_PATH"):
+        assert f"--gin.{name}=…" in str(error.value)
+
+
+def test_unknown_names_and_files_suggest_near_ones():
+    with pytest.raises(ValueError, match="did you mean runs/prompt_finetune.gin"):
+        config.parse(["runs/prompt_fintune.gin"])
+    with pytest.raises(ValueError, match="the name 'TRAIN_STEP'; did you mean TRAIN_STEPS"):
+        parse(["models/t5_1_1_embedded.gin", "runs/prompt_finetune.gin"], TRAIN_STEP="3")
+    with pytest.raises(ValueError, match="no --gin_file given; shipped ones: models/"):
+        config.parse([])
+
+
+def test_a_malformed_file_is_one_sentence(tmp_path):
+    (tmp_path / "bad.gin").write_text("MODEL_DIR = = 3\n")
+    with pytest.raises(ValueError, match="bad.gin") as error:
+        config.parse([str(tmp_path / "bad.gin")])
+    assert "\n" not in str(error.value)
+
+
+def test_search_paths_find_files(tmp_path):
+    (tmp_path / "mine.gin").write_text("MINE = 3\n")
+    config.parse(["mine.gin"], search_paths=[str(tmp_path)])
+    assert config.macros() == {"MINE": 3}
+
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [("/tmp/run", "/tmp/run"), ("question: {text}", "question: {text}"), ("300", 300),
+     ("{'inputs': 3}", {"inputs": 3}), ("('.*',)", (".*",)), ("None", None), ("1e-3", 1e-3)],
+)  # fmt: skip
+def test_bare_words_are_strings_and_the_rest_is_python(flag, value):
+    gin.clear_config()
+    gin.parse_config(f"X = {config.literal(flag)}")
+    assert config.macros()["X"] == value
+
+
+def test_the_operative_config_gives_the_same_run():
+    parse(["models/t5_1_1_embedded.gin", "runs/prompt_finetune.gin"], TRAIN_STEPS="7")
+    text, before = config.operative(), config.macros()
+    gin.clear_config()
+    gin.parse_config(text)
+    assert config.macros() == before
+    assert config.configured(launch.train) is not None

@@ -1,0 +1,174 @@
+"""The command line end to end, the Python API, and the README's example."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import softprompt
+from softprompt import tree
+from softprompt.__main__ import main, split_gin
+
+ROOT = pathlib.Path(__file__).parent.parent
+MODEL = "--gin_file=models/t5_1_1_embedded.gin"
+
+
+def train(folder, *flags):
+    return main(
+        [
+            "train",
+            MODEL,
+            "--gin_file=runs/prompt_finetune.gin",
+            f"--gin.MODEL_DIR={folder}",
+            "--gin.PROMPT_LENGTH=4",
+            "--gin.TRAIN_STEPS=3",
+            "--gin.BATCH_SIZE=4",
+            "--gin.EVAL_MODE=rank",
+            *flags,
+        ]
+    )
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    words = ["fine", "dull", "warm", "grim"]
+    lines = [{"body": f"a {w} film", "mark": i % 2} for i, w in enumerate(words)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_a_data_set_of_ones_own_goes_through_flags_alone(tmp_path, rows, capsys):
+    flags = [f"--train_file={rows}", f"--validation_file={rows}", "--labels=good,bad"]
+    flags += ["--template=review: {body}", "--target=mark"]
+    folder = tmp_path / "run"
+    assert train(folder, *flags) == 0
+    said = capsys.readouterr().out
+    before, after = re.search("fingerprint before (.*), after (.*)", said).groups()
+    assert before == after == softprompt.load_backbone().fingerprint
+    best = folder / "prompts" / "best.safetensors"
+    prompt = softprompt.load_prompt(best)
+    assert prompt.array.shape == (4, 256) and prompt.metadata["task"] == "user_task"
+    facts = json.loads((folder / "run.json").read_text())
+    assert facts["backbone_fingerprint"] == before and facts["versions"]["jax"]
+    assert len((folder / "train.jsonl").read_text().splitlines()) == 1
+    predictions = folder / "eval" / "predictions" / "user_task-3.jsonl"
+    first = json.loads(predictions.read_text().splitlines()[0])
+    assert first["input"] == "review: a fine film" and set(first["scores"]) == {"good", "bad"}
+
+    shared = [MODEL, f"--gin.PROMPT_FILE={best}", "--labels=good,bad", "--template=review: {body}"]
+    run = ["eval", "--gin_file=runs/prompt_eval.gin", *shared, f"--validation_file={rows}"]
+    assert main([run[0], *shared[:1], *run[1:2], *shared[1:], *run[-1:], "--target=mark",
+                 "--gin.EVAL_MODE=rank"]) == 0  # fmt: skip
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["split"] == "validation" and 0 <= figures["accuracy"] <= 100
+
+    out = tmp_path / "out.jsonl"
+    infer = ["infer", shared[0], "--gin_file=runs/prompt_infer.gin", *shared[1:]]
+    assert main([*infer, f"--gin.INPUT_FILE={rows}", f"--gin.OUTPUT_FILE={out}"]) == 0
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [r["body"] for r in found] == [
+        "a fine film",
+        "a dull film",
+        "a warm film",
+        "a grim film",
+    ]
+    assert all(r["prediction"] in ("good", "bad") for r in found)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--gin.NO_SUCH=3"], "no gin file given knows the name 'NO_SUCH'"),
+        ([], "required gin macros have no value: MIXTURE_OR_TASK_NAME"),
+        (["--gin.MIXTURE_OR_TASK_NAME=glue_sst"], "did you mean glue_sst2"),
+        (
+            ["--gin.MIXTURE_OR_TASK_NAME=embedded_sentiment", "--gin.INITIAL_CHECKPOINT_PATH=/no"],
+            "INITIAL_CHECKPOINT_PATH '/no' does not exist",
+        ),
+        (["--train_file=/no/rows.jsonl"], "no such file: '/no/rows.jsonl'"),
+        (
+            ["--gin.MIXTURE_OR_TASK_NAME=embedded_sentiment", "--gin.TRAINABLE=('x',)"],
+            "the trainable pattern 'x' matches no parameter",
+        ),
+    ],
+)
+def test_bad_input_is_one_sentence_and_a_failure(tmp_path, capsys, flags, message):
+    assert train(tmp_path / "run", *flags) == 2
+    said = capsys.readouterr().err.strip()
+    assert message in said and len(said.splitlines()) == 1
+
+
+def test_gin_flags_are_told_from_the_others():
+    rest, bindings = split_gin(["train", "--gin.A=1=2", "--x", "--gin.B", "3"])
+    assert rest == ["train", "--x"] and bindings == [("A", "1=2"), ("B", "3")]
+
+
+def test_inspect_prints_what_files_say_of_themselves(capsys):
+    assert main(["inspect", "embedded"]) == 0
+    assert json.loads(capsys.readouterr().out)["provenance"]["span_corruption"]
+
+
+def test_the_quickstart_runs_to_its_end(tmp_path, capsys):
+    assert main(["quickstart", f"--output_dir={tmp_path}", "--steps=2"]) == 0
+    said = capsys.readouterr().out
+    for part in ("without a prompt", "step 2/2", "with the tuned prompt", "bytes", "next"):
+        assert part in said
+
+
+def test_importing_softprompt_takes_neither_tensorflow_nor_gin():
+    code = (
+        "import sys, softprompt; softprompt.embedded_data('sentiment');"
+        "print([m for m in ('tensorflow', 'seqio', 'gin', 'torch') if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+def test_starting_up_writes_nothing_that_is_not_ours(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-m", "softprompt", "train", MODEL, "--gin_file=runs/prompt_finetune.gin",
+         "--gin.MIXTURE_OR_TASK_NAME=embedded_sentiment", f"--gin.MODEL_DIR={tmp_path}",
+         "--gin.TRAIN_STEPS=1", "--gin.PROMPT_LENGTH=2", "--gin.EVAL_SPLIT=none"],
+        capture_output=True, text=True, cwd=tmp_path,
+        env={k: v for k, v in os.environ.items() if not k.startswith("TF_")},
+    )  # fmt: skip
+    assert run.returncode == 0 and run.stderr == ""
+
+
+# --- Python -------------------------------------------------------------------------------------
+
+
+def test_the_readme_example_runs(tmp_path, monkeypatch, capsys):
+    [code] = re.findall("```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert len(code.strip().splitlines()) <= 12
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code.replace("train_steps=400", "train_steps=2"), "README.md", "exec"), {})
+    assert list(tmp_path.glob("*.safetensors"))
+    assert capsys.readouterr().out
+
+
+def test_generation_scores_and_classes_agree(tiny):
+    texts, labels = ["a fine film", "a dull day"], ["positive", "negative"]
+    prompt = np.random.default_rng(0).normal(size=(3, tiny.cfg.emb_dim)).astype(np.float32)
+    scores = softprompt.score_labels(tiny, texts, labels, prompt)
+    assert scores.shape == (2, 2) and (scores < 0).all()
+    expected = [labels[i] for i in scores.argmax(1)]
+    assert softprompt.classify(tiny, texts, labels, prompt) == expected
+    assert len(softprompt.generate(tiny, texts, prompt, max_tokens=3)) == 2
+    before = tree.fingerprint(tiny.params)
+    assert before == tiny.fingerprint
+
+
+def test_wrong_calls_are_sentences(tiny, pairs):
+    with pytest.raises(ValueError, match="expected a list of texts, got one string"):
+        softprompt.generate(tiny, "a film")
+    with pytest.raises(ValueError, match="choose sentiment, question_type, entailment"):
+        softprompt.embedded_data("poems")
+    with pytest.raises(ValueError, match="'negative' is not among the labels"):
+        softprompt.tune(tiny, pairs, labels=["positive"], train_steps=1)

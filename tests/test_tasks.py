@@ -1,0 +1,204 @@
+"""Tasks: T5's texts, label handling, metrics by hand, pre-training objectives, users' own files."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+
+from softprompt.tasks import metrics, postprocessors, preprocessors, records, super_glue, user
+from softprompt.tasks.records import Row
+
+
+def only(examples):
+    [example] = examples
+    return example
+
+
+def test_classification_reads_as_t5_prints_it():
+    row = Row({"premise": "It rains.", "hypothesis": "It is wet.", "label": 1, "idx": 3})
+    example = only(
+        preprocessors.fields(row, "rte", ("hypothesis", "premise"), super_glue.ENTAILMENT)
+    )
+    assert example["inputs"] == "rte hypothesis: It is wet. premise: It rains."
+    assert example["targets"] == "not_entailment"
+
+
+def test_the_task_name_can_be_dropped():
+    row = Row({"sentence": "a film", "label": 0})
+    text = lambda r: preprocessors.fields(r, "sst2", ("sentence",), ["negative", "positive"])  # noqa: E731
+    assert only(preprocessors.drop_name(text)(row))["inputs"] == "sentence: a film"
+
+
+def test_wsc_marks_the_pronoun_and_trains_on_true_referents():
+    row = {
+        "text": "Ann told Eve that she had won.",
+        "span1_text": "Ann",
+        "span2_text": "she",
+        "span2_index": 4,
+        "label": 0,
+        "idx": 0,
+    }
+    example = only(preprocessors.wsc(Row(row)))
+    assert example["inputs"] == "wsc: Ann told Eve that *she* had won."
+    assert example["targets"] == "Ann"
+    assert list(preprocessors.wsc(Row(row), only_correct=True)) == []
+
+
+def test_record_has_an_example_per_answer():
+    row = Row(
+        {
+            "passage": "One.\n@highlight\nTwo",
+            "query": "@placeholder won",
+            "entities": ["A", "B"],
+            "answers": ["A", "B"],
+            "idx": {"passage": 1, "query": 2},
+        }
+    )
+    first, second = preprocessors.record(row)
+    assert first["inputs"] == "record query: @placeholder won entities: A, B passage: One. Two"
+    assert [first["targets"], second["targets"]] == ["A", "B"]
+
+
+def test_an_illegal_output_is_counted_and_wrong():
+    assert postprocessors.label_to_id("maybe", ["no", "yes"]) == -1
+    assert metrics.illegal([0, 1, 1], [0, -1, 1]) == {"illegal": 1.0}
+    assert metrics.accuracy([0, 1, 1, 0], [0, -1, 1, 1]) == {"accuracy": 50.0}
+
+
+def test_f1_exact_match_and_squad_by_hand():
+    # tp 1, fp 1, fn 1; the illegal output counts as the wrong class.
+    assert metrics.f1([1, 1, 0, 0], [1, -1, 1, 0])["f1"] == pytest.approx(50.0)
+    targets = [{"value": v, "group": g} for v, g in ((1, 0), (0, 0), (1, 1))]
+    predictions = [{"value": v} for v in (1, 1, 1)]
+    assert metrics.multirc_exact_match(targets, predictions) == {"exact_match": 50.0}
+    scores = metrics.squad([["the red cat"], ["a dog", "dog house"]], ["red cat!", "house"])
+    assert scores["em"] == 50.0 and scores["f1"] == pytest.approx(100 * (1 + 2 / 3) / 2)
+
+
+def test_rows_come_from_jsonl_csv_and_gzip(tmp_path):
+    (tmp_path / "a.csv").write_text('text,label\n"x, y",1\n')
+    (tmp_path / "a.tsv").write_text("text\tlabel\nx y\t0\n")
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
+        file.write('{"text": "z", "label": "b"}\n\n')
+    pairs = [
+        records.read_pairs(tmp_path / name, "t: {text}", "label", ["a", "b"])
+        for name in ("a.csv", "a.tsv", "a.jsonl.gz")
+    ]
+    assert pairs == [[("t: x, y", "b")], [("t: x y", "a")], [("t: z", "b")]]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("", "is empty"),
+        ('{"text": "a", "label": 0}\n{"text": ', r"rows.jsonl:2: malformed JSON"),
+        ('["a"]', r"rows.jsonl:1: expected a JSON object"),
+        ('{"text": "a", "label": "c"}', r"rows.jsonl:1: the label 'c' is not one of a, b"),
+        ('{"text": "a", "label": 2}', r"rows.jsonl:1: the label is 2, expected 0 to 1"),
+        ('{"body": "a", "label": 0}', r"rows.jsonl:1: no field 'text'; the fields are body, label"),
+    ],
+)
+def test_bad_rows_name_file_and_line(tmp_path, content, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        records.read_pairs(path, "{text}", "label", ["a", "b"])
+
+
+def test_files_of_ones_own_become_a_seqio_task(tmp_path, vocabulary):
+    from softprompt import data, evaluation
+
+    path = tmp_path / "v.jsonl"
+    path.write_text("".join(json.dumps({"q": f"n {i}", "y": i % 2}) + "\n" for i in range(4)))
+    user.register_task(
+        "mine", validation_file=path, template="q: {q}", target="y", labels=["e", "o"]
+    )
+    [(task, rate)] = data.get_tasks("mine")
+    judged = evaluation.from_task(task, "validation", {"inputs": 16, "targets": 4}, vocabulary)
+    assert rate == 1.0 and judged.labels == ["e", "o"]
+    assert vocabulary.decode(judged.examples.inputs[1]) == "q: n 1"
+    assert judged.judge(["e", "o", "o", "?"]) == {"accuracy": 50.0, "illegal": 1.0}
+
+
+def test_an_unknown_task_suggests_near_ones():
+    from softprompt import data
+    from softprompt.tasks import registry  # noqa: F401
+
+    with pytest.raises(ValueError, match="did you mean .*super_glue_rte"):
+        data.get_tasks("superglue_rte")
+
+
+@pytest.mark.parametrize("name", records.EMBEDDED)
+def test_embedded_data_is_balanced_large_enough_and_disjoint(name):
+    folder = records.EMBEDDED_FOLDER / name
+    rows = {
+        split: list(records.read(folder / f"{split}.jsonl")) for split in ("train", "validation")
+    }
+    assert len(rows["train"]) >= 300 and len(rows["validation"]) >= 150
+    for split in rows.values():
+        assert len(set(np.bincount([r["label"] for r in split]))) == 1
+    texts = {split: {r.get("premise", r.get("text")) for r in rows[split]} for split in rows}
+    assert not texts["train"] & texts["validation"]
+
+
+def test_span_corruption_hides_what_its_target_says():
+    from softprompt.tasks import pretraining
+
+    tokens = np.arange(10, 110, dtype=np.int32)
+    seed = np.array([1, 2], np.int32)
+    made = pretraining.corrupt_spans(tokens_of(tokens), seed, 0.15, 3.0, 8099)
+    inputs, targets = made["inputs"].numpy().tolist(), made["targets"].numpy().tolist()
+    assert len(inputs) == 85 + 5 and len(targets) == 15 + 5
+    sentinels = [i for i in inputs if i > 8000]
+    assert sentinels == [8099 - i for i in range(5)] == [t for t in targets if t > 8000]
+    # Putting each span back where its sentinel stands gives the text.
+    spans, current = {}, None
+    for t in targets:
+        if t > 8000:
+            current = spans.setdefault(t, [])
+        else:
+            current.append(t)
+    restored = [x for i in inputs for x in (spans[i] if i > 8000 else [i])]
+    assert restored == tokens.tolist()
+
+
+def tokens_of(values):
+    import tensorflow as tf
+
+    return tf.constant(values)
+
+
+def test_pretraining_reads_a_corpus(corpus):
+    import itertools
+
+    from softprompt import data
+    from softprompt.tasks import pretraining
+
+    pretraining.use_corpus(corpus)
+    try:
+        lengths = {"inputs": 64, "targets": 64}
+        for name in ("pretrain_span_corruption", "pretrain_prefix_lm"):
+            batches = data.stream_batches(name, "validation", lengths, 2, 0)
+            first, second = itertools.islice(batches(0), 2)
+            [again] = itertools.islice(batches(1), 1)
+            np.testing.assert_array_equal(second["encoder_ids"], again["encoder_ids"])
+            assert first["targets"].shape == (2, 64)
+    finally:
+        pretraining.use_corpus(None)
+
+
+def test_local_data_serves_the_benchmark_tasks(task_data, monkeypatch, vocabulary):
+    from softprompt import data
+    from softprompt.tasks import registry  # noqa: F401
+
+    monkeypatch.setenv("SOFTPROMPT_DATA_DIR", str(task_data))
+    lengths = {"inputs": 128, "targets": 16}
+    for name, split, count in (
+        ("super_glue_rte", "validation", 277),
+        ("super_glue_cb", "train", 250),
+        ("super_glue_wsc", "train", 259),
+        ("glue_sst2", "validation", 872),
+    ):
+        [(task, _)] = data.get_tasks(name)
+        assert len(data.from_task(task, split, lengths)) == count
