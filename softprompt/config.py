@@ -138,7 +138,8 @@ def errors() -> Iterator[None]:
             raise
         if isinstance(error, TypeError) and "required" in message[:cut].lower():
             raise ValueError(" ".join(message[:cut].split())) from None
-        raise type(error)(message[:cut]) from None
+        # Gin raises a subclass of its own making; the class above it is the error's.
+        raise type(error).__mro__[1](message[:cut]) from None
 
 
 def operative() -> str:

@@ -7,7 +7,8 @@
 - `pretrain_prefix_lm` is the "LM adaptation" objective (Lester et al. 2021, section 3.3): a prefix
   as input, its continuation as target.
 
-All read JSON Lines shards with a `text` field from the folder that `use_corpus` or SOFTPROMPT_CORPUS
+All read JSON Lines shards with a `text` field from the folder that `use_corpus` or
+SOFTPROMPT_CORPUS
 names: `train*.jsonl[.gz|.xz]` and `validation*.jsonl[.gz|.xz]`.
 """
 

@@ -2,9 +2,9 @@
 
 import itertools
 
-import gin
 import pytest
 
+import gin
 from softprompt import config, launch
 
 MODELS = [f for f in config.shipped() if f.startswith("models/") and f != "models/t5.gin"]
@@ -20,7 +20,7 @@ TRAIN = {
     "INPUT_FILE": "i",
     "OUTPUT_FILE": "o",
     "CLASS_LABELS": "['a', 'b']",
-    "INITIAL_TEXT": "some text",
+    "PROMPT_TEXT": "some text",
 }
 COMMANDS = {
     "runs/prompt_finetune.gin": "train",
