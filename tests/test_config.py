@@ -46,7 +46,7 @@ def test_every_run_file_is_known_here():
     assert set(COMMANDS) == {f for f in config.shipped() if f.startswith("runs/")}
 
 
-@pytest.mark.parametrize("model, run", itertools.product(MODELS, COMMANDS))
+@pytest.mark.parametrize("model, run", list(itertools.product(MODELS, COMMANDS)))
 def test_every_model_and_run_resolve(model, run):
     parse([model, run])
     bindings = gin.get_bindings(f"launch.{COMMANDS[run]}")
