@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 from softprompt import backbone as backbones
-from softprompt import data, evaluation, optim, partition, train
+from softprompt import data, evaluation, optim, partition, prompted, train
 from softprompt import prompt as prompts
 from softprompt.backbone import Backbone
 from softprompt.tree import Flat
@@ -140,6 +140,7 @@ def tune(
     batch_size: int = 32,
     learning_rate: float | optax.Schedule = 0.3,
     prompt_init: prompts.Initializer | None = None,
+    loss: str | None = None,
     eval_period: int = 0,
     patience: int = 0,
     log_period: int = 100,
@@ -154,10 +155,12 @@ def tune(
       backbone: stays as it is, bit for bit.
       train_data: (text, target) pairs, or the name of a seqio task.
       validation_data: likewise; chooses the best step (by accuracy, or the task's metrics).
-      labels: the legal targets; validation then ranks them, and the prompt starts from their
-        embeddings. Without, targets are free text.
+      labels: the legal targets; training and validation then rank them, and the prompt starts
+        from their embeddings. Without, targets are free text.
       learning_rate: constant, or a schedule of the step; Adafactor as in the paper.
       prompt_init: see `softprompt.prompt`; default class labels, or sampled vocabulary without.
+      loss: 'labels' (the default with labels) tells the right label from the others, for
+        `classify`; 'tokens' is the paper's, of the target text, for `generate` too.
       model_dir: where checkpoints, prompts and figures go; the same call goes on from there.
 
     Returns:
@@ -174,7 +177,9 @@ def tune(
     embedding = np.asarray(backbone.params["token_embedder/embedding"], np.float32)
     source = prompts.Source(embedding, backbone.vocabulary, labels)
     initial = init(jax.random.key(seed), prompt_length, source)
-    slots = backbone.cfg.vocab_size + np.arange(prompt_length, dtype=np.int32)
+    loss = loss or (evaluation.LABELS if labels else evaluation.TOKENS)
+    label_ids = evaluation.training_labels(loss, [examples], [labels], backbone.vocabulary)
+    slots = prompted.slots(backbone.cfg.vocab_size, prompt_length)
     batch_size = data.round_up(batch_size, backbone.mesh.shape["data"])
 
     run_evaluation = None
@@ -191,6 +196,7 @@ def tune(
         "task": examples.name,
         "prompt_length": prompt_length,
         "initialisation": getattr(init, "__name__", str(init)),
+        "loss": loss,
         "seed": seed,
     }
 
@@ -212,6 +218,7 @@ def tune(
         save=save,
         identity={**about, "batch_size": batch_size},
         seed=seed,
+        label_ids=label_ids,
     )
     note = {"step": result.best_step, "metrics": result.metrics}
     return Prompt(result.best[train.PROMPT], {**about, **note})

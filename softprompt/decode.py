@@ -4,6 +4,7 @@ Each function is pure and jittable. The encoder runs once, and so do the cross-a
 values; the loop stops when every row is done.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -185,26 +186,35 @@ def beam(
     return best, jnp.where(some, finished_scores[:, 0], alive_scores[:, 0] / penalty(length))
 
 
-def score_labels(module: PromptedT5, params: Params, encoder_ids: Array, label_ids: Array) -> Array:
+def score_labels(
+    module: PromptedT5,
+    params: Params,
+    encoder_ids: Array,
+    label_ids: Array,
+    dropout: Array | None = None,
+) -> Array:
     """Log-likelihood `[B, C]` of each label `[C, L]` (with EOS, padded by 0) for each row.
 
     All labels of a row lie in one decoder row as segments, so that cross-attention keys and values
-    are made once per row, not once per label.
+    are made once per row, not once per label. With the key `dropout`, the model's dropout is on.
     """
     rows = encoder_ids.shape[0]
     count, length = label_ids.shape
-    variables = {"params": params}
-    encoded, segments = module.apply(variables, encoder_ids, method="encode")
+    deterministic = dropout is None
+    apply = functools.partial(
+        module.apply, {"params": params}, rngs=None if deterministic else {"dropout": dropout}
+    )
+    encoded, segments = apply(encoder_ids, deterministic=deterministic, method="encode")
     flat = losses.shift_right(label_ids).reshape(1, -1)
     label_of = jnp.repeat(jnp.arange(1, count + 1), length)[None]
-    logits = module.apply(
-        variables,
+    logits = apply(
         encoded,
         segments,
         jnp.tile(flat, (rows, 1)),
         jnp.tile(label_of, (rows, 1)),
+        deterministic,
         jnp.ones((rows, count * length), segments.dtype),
-        method=lambda m, *args: m.t5.decode(*args[:4], cross_segments=args[4]),
+        method=lambda m, *args: m.t5.decode(*args),
     )
     targets = jnp.tile(label_ids.reshape(1, -1), (rows, 1))
     likelihood = losses.token_log_likelihood(logits, targets) * (targets > 0)

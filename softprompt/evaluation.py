@@ -14,11 +14,13 @@ import numpy as np
 
 from softprompt import checkpoint, data, decode, losses, partition, tree
 from softprompt.backbone import Backbone
-from softprompt.prompted import PromptedT5
+from softprompt.prompted import PromptedT5, slots
 from softprompt.vocabulary import EOS_ID, Vocabulary
 
 GENERATE = "generate"
 RANK = "rank"
+TOKENS = "tokens"
+LABELS = "labels"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,10 +92,47 @@ def encode_labels(labels: Sequence[str], vocabulary: Vocabulary) -> np.ndarray:
     rows = [np.array([*vocabulary.encode(text), EOS_ID], np.int32) for text in labels]
     seen: dict[tuple[int, ...], str] = {}
     for text, ids in zip(labels, rows, strict=True):
-        if other := seen.setdefault(tuple(ids.tolist()), text) != text:
-            other = seen[tuple(ids.tolist())]
+        other = seen.setdefault(tuple(ids.tolist()), text)
+        if other != text:
             raise ValueError(f"the labels {other!r} and {text!r} have the same tokens")
     return data.pad(rows, len(rows), max(map(len, rows)))
+
+
+def training_labels(
+    loss: str,
+    parts: Sequence[data.Examples],
+    labels: Sequence[Sequence[str] | None],
+    vocabulary: Vocabulary,
+) -> np.ndarray | None:
+    """Label ids `[C, L]` to train `parts` by, or None for the loss 'tokens'.
+
+    Args:
+      loss: 'tokens' (of the target text) or 'labels' (the right label among the labels).
+      labels: those of each of `parts`. For the loss 'labels' they must be the same everywhere, and
+        every target must be one of them.
+    """
+    if loss not in (TOKENS, LABELS):
+        raise ValueError(f"LOSS is {loss!r}, expected {TOKENS!r} or {LABELS!r}")
+    if loss == TOKENS:
+        return None
+    for part, own in zip(parts, labels, strict=True):
+        if own is None:
+            raise ValueError(f"LOSS is {LABELS!r}, but {part.name} has no labels")
+        if list(own) != list(labels[0]):
+            raise ValueError(
+                f"LOSS is {LABELS!r}, but {parts[0].name} has the labels {list(labels[0])} and "
+                f"{part.name} {list(own)}"
+            )
+    ids = encode_labels(labels[0], vocabulary)
+    known = {tuple(row[row > 0].tolist()) for row in ids}
+    for part in parts:
+        for i, target in enumerate(part.targets):
+            if tuple(target.tolist()) not in known:
+                raise ValueError(
+                    f"{part.name}: target {i} is {vocabulary.decode(target)!r}, expected one of "
+                    f"the labels {list(labels[0])}"
+                )
+    return ids
 
 
 class Predictor:
@@ -130,7 +169,7 @@ class Predictor:
         self.mode = mode
         # A batch is split over the mesh's data axis.
         self.batch_size = data.round_up(batch_size, backbone.mesh.shape["data"])
-        self.slots = backbone.cfg.vocab_size + np.arange(prompt_length, dtype=np.int32)
+        self.slots = slots(backbone.cfg.vocab_size, prompt_length)
         self.decode_length = decode_length
         module = PromptedT5(dataclasses.replace(backbone.cfg, dropout_rate=0.0), prompt_length)
 

@@ -17,7 +17,17 @@ import numpy as np
 import optax
 
 from softprompt import backbone as backbones
-from softprompt import checkpoint, config, data, evaluation, optim, partition, prompt, tree
+from softprompt import (
+    checkpoint,
+    config,
+    data,
+    evaluation,
+    optim,
+    partition,
+    prompt,
+    prompted,
+    tree,
+)
 from softprompt import train as training
 from softprompt.backbone import Backbone
 from softprompt.logbook import duration, say, size
@@ -134,6 +144,7 @@ def train(
     seed: int = 0,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
+    loss: str = evaluation.TOKENS,
     backbone_name: str | None = None,
     backbone_dtype: str = "float32",
 ) -> training.Result:
@@ -142,7 +153,8 @@ def train(
     `text_corpus` is the folder of text shards of the pre-training tasks. With `stream`, batches
     are read as they are needed (pre-training text) and the evaluation is the loss on the first
     `eval_examples` of `eval_split`; else examples lie in memory and the task's own metrics are
-    evaluated. Writes to `model_dir` what the README lists.
+    evaluated. `loss` is that of the target 'tokens' or that of the right one among the task's
+    'labels'. Writes to `model_dir` what the README lists.
     """
     began = time.monotonic()
     folder = pathlib.Path(model_dir)
@@ -157,9 +169,9 @@ def train(
         pretraining.use_corpus(text_corpus)
     tasks = _load_tasks(mixture_or_task_name, mixture_or_task_module, user_data)
     batch_size = data.round_up(batch_size, devices.shape["data"])
-    slots = backbone.cfg.vocab_size + np.arange(prompt_length, dtype=np.int32)
+    slots = prompted.slots(backbone.cfg.vocab_size, prompt_length)
 
-    class_labels = evaluation.label_classes(tasks[0][0])
+    class_labels = [evaluation.label_classes(task) for task, _ in tasks]
     initial = None
     if prompt_length:
         initial = prompt_init(
@@ -168,14 +180,14 @@ def train(
             prompt.Source(
                 np.asarray(backbone.params["token_embedder/embedding"], np.float32),
                 vocabulary,
-                class_labels,
+                class_labels[0],
             ),
         )
     if stream:
         batches = data.stream_batches(
             mixture_or_task_name, "train", task_feature_lengths, batch_size, seed
         )
-        held_out = [
+        parts = held_out = [
             data.first_examples(task, eval_split, task_feature_lengths, eval_examples or 256)
             for task, _ in tasks
         ]
@@ -190,6 +202,7 @@ def train(
             for task, _ in tasks
             if eval_split in task.splits
         ]
+    label_ids = evaluation.training_labels(loss, parts, class_labels, vocabulary)
     predictor = evaluation.Predictor(
         backbone,
         prompt_length,
@@ -201,8 +214,8 @@ def train(
 
     def run_evaluation(flat: tree.Flat, step: int) -> dict[str, float]:
         if stream:
-            losses = [predictor.loss(flat, examples) for examples in held_out]
-            return {"loss": float(np.mean(losses))}
+            found = [predictor.loss(flat, examples) for examples in held_out]
+            return {"loss": float(np.mean(found))}
         return evaluation.evaluate(predictor, flat, held_out, folder / "eval", step)
 
     only_prompt = all(pattern.startswith("prompt/") for pattern in trainable)
@@ -212,6 +225,7 @@ def train(
         "task": mixture_or_task_name,
         "prompt_length": prompt_length,
         "initialisation": getattr(prompt_init, "__name__", str(prompt_init)),
+        "loss": loss,
         "seed": seed,
     }
 
@@ -247,6 +261,7 @@ def train(
         seed=seed,
         z_loss=z_loss,
         label_smoothing=label_smoothing,
+        label_ids=label_ids,
     )
     if result.interrupted:
         return result

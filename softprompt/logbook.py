@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import sys
 import time
 from collections.abc import Mapping
 
@@ -93,8 +92,3 @@ def _cut_after(path: pathlib.Path, step: int) -> None:
         except ValueError:
             continue
     checkpoint.write_atomically(path, "".join(kept).encode())
-
-
-def warn(line: str) -> None:
-    """A line on standard error."""
-    print(line, file=sys.stderr, flush=True)

@@ -7,6 +7,7 @@ middle of a text, or several in one packed row need no further model code.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax.linen import partitioning
 
@@ -85,6 +86,6 @@ class PromptedT5(nn.Module):
         return self.t5.decode_step(ids, index, cache, cross, encoder_segments)
 
 
-def slots(vocab_size: int, rows: range | Array):
-    """Slot ids that address `rows` of the bank of a model with `vocab_size` embedding rows."""
-    return [vocab_size + r for r in rows]
+def slots(vocab_size: int, count: int, first_row: int = 0) -> np.ndarray:
+    """Slot ids `[count]` of the bank's rows from `first_row`, for a model of `vocab_size` rows."""
+    return np.arange(vocab_size + first_row, vocab_size + first_row + count, dtype=np.int32)

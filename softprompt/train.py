@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from softprompt import checkpoint, losses, partition, tree
+from softprompt import checkpoint, decode, losses, partition, tree
 from softprompt.backbone import Backbone, abstract
 from softprompt.logbook import Logbook, say
 from softprompt.prompted import PromptedT5
@@ -56,11 +56,14 @@ def make_step(
     seed: int = 0,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
+    label_ids: np.ndarray | None = None,
 ) -> Callable[[State, tree.Flat, dict[str, jax.Array]], State]:
     """The train step `(state, frozen, batch) -> state`, to be jitted.
 
-    Only `state["trainable"]` is differentiated. A step whose loss or update is not finite
-    changes nothing, and neither does any step after it: `state["bad_step"]` names it (else -1).
+    The loss is that of the target tokens or, with `label_ids` `[C, L]`, that of the right label
+    among the labels. Only `state["trainable"]` is differentiated. A step whose loss or update is
+    not finite changes nothing, and neither does any step after it: `state["bad_step"]` names it
+    (else -1).
     """
     dropout = module.cfg.dropout_rate > 0
 
@@ -68,19 +71,24 @@ def make_step(
         key = jax.random.fold_in(jax.random.key(seed), state["step"])
 
         def loss_fn(trainable):
+            params, ids = tree.unflatten({**frozen, **trainable}), batch["encoder_ids"]
+            if label_ids is not None:
+                scores = decode.score_labels(
+                    module, params, ids, label_ids, key if dropout else None
+                )
+                loss, count = losses.label_cross_entropy(scores, batch["targets"], label_ids)
+                return loss / count, (loss, count)
             logits = module.apply(
-                {"params": tree.unflatten({**frozen, **trainable})},
-                batch["encoder_ids"],
+                {"params": params},
+                ids,
                 losses.shift_right(batch["targets"]),
                 deterministic=not dropout,
                 rngs={"dropout": key} if dropout else None,
             )
-            loss, tokens = losses.cross_entropy(logits, batch["targets"], z_loss, label_smoothing)
-            return loss / tokens, (loss, tokens)
+            loss, count = losses.cross_entropy(logits, batch["targets"], z_loss, label_smoothing)
+            return loss / count, (loss, count)
 
-        (mean, (loss, tokens)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            state["trainable"]
-        )
+        (mean, (loss, count)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state["trainable"])
         updates, opt = optimizer.update(grads, state["opt"], state["trainable"])
         moved = optax.apply_updates(state["trainable"], updates)
         # A gradient that is not finite shows in its update.
@@ -95,7 +103,7 @@ def make_step(
             "opt": choose(opt, state["opt"]),
             "step": state["step"] + 1,
             "loss_sum": state["loss_sum"] + jnp.where(good, loss, 0),
-            "token_sum": state["token_sum"] + jnp.where(good, tokens, 0),
+            "count_sum": state["count_sum"] + jnp.where(good, count, 0),
             "bad_step": jnp.where(
                 finite | (state["bad_step"] >= 0), state["bad_step"], state["step"] + 1
             ),
@@ -122,7 +130,7 @@ def init_state(
     scalars = {
         "step": np.int32(0),
         "loss_sum": np.float32(0),
-        "token_sum": np.float32(0),
+        "count_sum": np.float32(0),
         "bad_step": np.int32(-1),
     }
     return {
@@ -167,6 +175,7 @@ def fit(
     seed: int = 0,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
+    label_ids: np.ndarray | None = None,
 ) -> Result:
     """Trains the parameters that `trainable` names, from step 0 or from MODEL_DIR's checkpoint.
 
@@ -184,6 +193,7 @@ def fit(
       save: `(path without ending, trained, metadata)` writes the trained parameters for use.
       identity: what makes this run the one it is (task, seed, backbone, …). A checkpoint of a run
         with another identity is refused, naming the difference.
+      label_ids: `[C, L]`, to train by the loss among these labels: see `make_step`.
 
     Raises:
       Diverged: the loss was not finite; the message names the step. What was trained before it
@@ -209,7 +219,9 @@ def fit(
         _check_identity(restored[1]["identity"], dict(identity or {}), model_dir)
         say(f"resuming from step {int(state['step'])} of {model_dir}")
     start = int(state["step"])
-    step_fn = jax.jit(make_step(module, optimizer, seed, z_loss, label_smoothing), donate_argnums=0)
+    step_fn = jax.jit(
+        make_step(module, optimizer, seed, z_loss, label_smoothing, label_ids), donate_argnums=0
+    )
     rows_sharding = partition.batch_sharding(backbone.mesh)
     log = Logbook(model_dir, start)
     best_trained = _load_best(model_dir, best) if best["step"] else None
@@ -244,11 +256,11 @@ def fit(
             if due_log or due_eval or due_save or termination.is_set():
                 _check_finite(state, save, model_dir, trained_now)
             if due_log:
-                loss = float(state["loss_sum"]) / max(float(state["token_sum"]), 1)
+                loss = float(state["loss_sum"]) / max(float(state["count_sum"]), 1)
                 log.progress(step, train_steps, loss)
                 log.write("train", step, {"loss": loss})
                 zero = jax.device_put(np.float32(0), partition.replicated(backbone.mesh))
-                state = {**state, "loss_sum": zero, "token_sum": jnp.copy(zero)}
+                state = {**state, "loss_sum": zero, "count_sum": jnp.copy(zero)}
             if due_eval:
                 figures = evaluate({**fixed, **state["trainable"]}, step)
                 log.write("eval/metrics", step, figures)

@@ -1,5 +1,6 @@
 """Fixtures: the embedded backbone, a tiny random one, and data that only some machines have."""
 
+import importlib.util
 import os
 import pathlib
 
@@ -12,16 +13,13 @@ from softprompt.vocabulary import Vocabulary
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+GOLDENS = pathlib.Path(__file__).parent / "goldens"
+_spec = importlib.util.spec_from_file_location("goldens_t5", GOLDENS / "t5.py")
+golden = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(golden)
+
 # A small T5 1.1 whose sizes all differ, so that no axis can be taken for another.
-TINY = t5.T5Config(
-    vocab_size=8192,
-    emb_dim=24,
-    num_heads=4,
-    num_encoder_layers=3,
-    num_decoder_layers=2,
-    head_dim=8,
-    mlp_dim=40,
-)
+TINY = t5.T5Config(**{**golden.SIZES, "vocab_size": 8192})
 
 
 @pytest.fixture(scope="session")

@@ -1,23 +1,16 @@
 """T5 against an independent implementation's logits, and the model's own invariants."""
 
 import dataclasses
-import importlib.util
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import GOLDENS, TINY, golden
 
 from softprompt import backbone as backbones
 from softprompt import losses, t5, tree
 from softprompt.prompted import PromptedT5
-
-GOLDENS = pathlib.Path(__file__).parent / "goldens"
-_spec = importlib.util.spec_from_file_location("goldens_t5", GOLDENS / "t5.py")
-golden = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(golden)
 
 
 @pytest.mark.parametrize("prompted", [False, True])

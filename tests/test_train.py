@@ -14,7 +14,7 @@ import pytest
 from conftest import TINY
 
 from softprompt import backbone as backbones
-from softprompt import data, optim, partition, train, tree
+from softprompt import data, evaluation, losses, optim, partition, prompted, train, tree
 from softprompt.prompted import PromptedT5
 
 LENGTHS = {"inputs": 16, "targets": 8}
@@ -22,7 +22,7 @@ LENGTHS = {"inputs": 16, "targets": 8}
 
 def batches_of(backbone, pairs, rows, batch_size=4, seed=0):
     examples = data.from_pairs(pairs, backbone.vocabulary, LENGTHS)
-    slots = backbone.cfg.vocab_size + np.arange(rows, dtype=np.int32)
+    slots = prompted.slots(backbone.cfg.vocab_size, rows)
     return data.train_batches([examples], [1.0], batch_size, seed, slots)
 
 
@@ -98,6 +98,46 @@ def test_frozen_weights_have_neither_gradients_nor_optimizer_state(embedded):
     # A frozen kernel costs two products (forward, gradient of its input), a trained one three.
     ratio = prompt_step.cost_analysis()["flops"] / full_step.cost_analysis()["flops"]
     assert ratio < 0.75
+
+
+# --- the loss among the labels ------------------------------------------------------------------
+
+
+def test_the_loss_among_labels_is_that_of_their_softmax(rng):
+    scores = jnp.asarray(rng.normal(size=(3, 2)), jnp.float32)
+    label_ids = jnp.array([[5, 6, 1, 0], [5, 1, 0, 0]])
+    targets = jnp.array([[5, 1, 0], [5, 6, 1], [0, 0, 0]])
+    loss, rows = losses.label_cross_entropy(scores, targets, label_ids)
+    p = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
+    assert rows == 2
+    np.testing.assert_allclose(loss, -np.log(p[0, 1]) - np.log(p[1, 0]), rtol=1e-6)
+
+
+def test_the_loss_among_labels_teaches_the_ranking(embedded, pairs):
+    ids = evaluation.encode_labels(["positive", "negative"], embedded.vocabulary)
+    examples = data.from_pairs(pairs, embedded.vocabulary, LENGTHS)
+    task = evaluation.from_pairs(examples, ["positive", "negative"])
+    predictor = evaluation.Predictor(embedded, 5, evaluation.RANK, 4, 8)
+    result = fit(embedded, pairs, 60, label_ids=ids)
+    flat = {**embedded.params, train.PROMPT: jnp.asarray(result.trained[train.PROMPT])}
+    assert evaluation.evaluate(predictor, flat, [task])["accuracy"] >= 90
+
+
+def test_the_loss_among_labels_needs_labels_that_hold_every_target(embedded, pairs):
+    part = data.from_pairs(pairs, embedded.vocabulary, LENGTHS, "reviews")
+    check = lambda loss, *labels: evaluation.training_labels(  # noqa: E731
+        loss, [part] * len(labels), labels, embedded.vocabulary
+    )
+    assert check("tokens", None) is None
+    assert check("labels", ["positive", "negative"]).shape[0] == 2
+    with pytest.raises(ValueError, match="LOSS is 'label', expected 'tokens' or 'labels'"):
+        check("label", None)
+    with pytest.raises(ValueError, match="reviews has no labels"):
+        check("labels", None)
+    with pytest.raises(ValueError, match="reviews: target 6 is 'negative', expected one of"):
+        check("labels", ["positive", "neutral"])
+    with pytest.raises(ValueError, match=r"has the labels \['a'\] and reviews \['b'\]"):
+        check("labels", ["a"], ["b"])
 
 
 # --- freezing rules -----------------------------------------------------------------------------
