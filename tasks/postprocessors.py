@@ -61,13 +61,13 @@ def wsc(text: str, example=None, is_target: bool = False, **unused) -> int:
     if is_target:
         return int(example["label"])
 
-    def words(noun: str) -> list[str]:
-        return [w for w in noun.strip().lower().split(" ") if w not in _DETERMINERS]
+    def strip(noun: str) -> str:
+        return " ".join(w for w in noun.strip().lower().split(" ") if w not in _DETERMINERS)
 
-    predicted, referent = words(text), words(_text(example["targets_pretokenized"]))
-    if not "".join(predicted):
+    predicted, referent = strip(text), strip(_text(example["targets_pretokenized"]))
+    if not predicted:
         return ILLEGAL
-    if ("'" in " ".join(predicted)) != ("'" in " ".join(referent)):
+    if ("'" in predicted) != ("'" in referent):
         return 0
-    a, b = set(predicted), set(referent)
+    a, b = set(predicted.split(" ")), set(referent.split(" "))
     return int(a <= b or b <= a)
