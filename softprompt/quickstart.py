@@ -2,17 +2,19 @@
 
 import os
 import pathlib
+import sys
 import time
 
 import softprompt
-from softprompt import tree
+from softprompt import optim, tree
 from softprompt.logbook import duration, say, size
 
 TASK = "question_type"
 PROMPT_LENGTH = 20
-STEPS = 400
+STEPS = 300
 BATCH_SIZE = 32
-LEARNING_RATE = 0.3
+# At the paper's constant 0.3 so small a prompt on so few examples overfits within 200 steps.
+LEARNING_RATE = 0.1
 LENGTHS = {"inputs": 128, "targets": 8}
 SHOWN = 6
 
@@ -55,7 +57,7 @@ def run(
         prompt_length=PROMPT_LENGTH,
         train_steps=steps,
         batch_size=BATCH_SIZE,
-        learning_rate=LEARNING_RATE,
+        learning_rate=optim.warmup_linear(LEARNING_RATE, steps),
         log_period=max(steps // 10, 1),
         checkpoint_period=max(steps // 4, 1),
         model_dir=folder / task,
@@ -80,9 +82,15 @@ def run(
         say(f"          {text}  ->  {answer} ({mark})")
     say(f"done in {duration(time.monotonic() - began)}; next, the same through gin and seqio:")
     say(
-        "  softprompt train --gin_file=models/t5_1_1_embedded.gin "
-        "--gin_file=runs/prompt_finetune.gin --gin_file=prompts/from_class_labels.gin "
+        f"  {program()} train --gin_file=models/t5_1_1_embedded.gin "
+        "--gin_file=runs/prompt_classify.gin --gin_file=prompts/from_class_labels.gin "
         f"--gin.MIXTURE_OR_TASK_NAME=embedded_{task} --gin.TRAIN_STEPS={steps} "
-        f"--gin.EVAL_PERIOD={max(steps // 4, 1)} --gin.MODEL_DIR={folder / 'gin'}"
+        f"--gin.EVAL_PERIOD={max(steps // 3, 1)} --gin.MODEL_DIR={folder / 'gin'}"
     )
     return 0
+
+
+def program() -> str:
+    """This program as the user called it, so that a printed command can be pasted."""
+    called = sys.argv[0]
+    return called if pathlib.Path(called).name == "softprompt" else "python -m softprompt"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+
 from softprompt.tasks.postprocessors import ILLEGAL
 
 Figures = dict[str, float]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+
 from softprompt.tasks.records import Row
 
 Example = dict[str, Any]

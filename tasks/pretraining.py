@@ -18,9 +18,9 @@ import pathlib
 
 import seqio
 import tensorflow as tf
-from softprompt.tasks.features import FEATURES
 
 from softprompt import vocabulary
+from softprompt.tasks.features import FEATURES
 
 _folder: str | None = None
 

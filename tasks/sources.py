@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import seqio
 import tensorflow as tf
+
 from softprompt.tasks import records
 from softprompt.tasks.features import FEATURES
 from softprompt.tasks.preprocessors import TextFn

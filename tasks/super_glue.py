@@ -6,6 +6,7 @@ The mixture `super_glue` draws from the eight tasks in proportion to their examp
 import functools
 
 import seqio
+
 from softprompt.tasks import metrics, postprocessors, preprocessors
 from softprompt.tasks.sources import INT, STRINGS, Spec, register_both
 

@@ -24,6 +24,7 @@ TRAIN = {
 }
 COMMANDS = {
     "runs/prompt_finetune.gin": "train",
+    "runs/prompt_classify.gin": "train",
     "runs/pretrain.gin": "train",
     "runs/lm_adapt.gin": "train",
     "runs/prompt_eval.gin": "eval",

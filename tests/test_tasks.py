@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+
 from softprompt.tasks import metrics, postprocessors, preprocessors, records, super_glue, user
 from softprompt.tasks.records import Row
 
@@ -121,9 +122,8 @@ def test_files_of_ones_own_become_a_seqio_task(tmp_path, vocabulary):
 
 
 def test_an_unknown_task_suggests_near_ones():
-    from softprompt.tasks import registry  # noqa: F401
-
     from softprompt import data
+    from softprompt.tasks import registry  # noqa: F401
 
     with pytest.raises(ValueError, match="did you mean .*super_glue_rte"):
         data.get_tasks("superglue_rte")
@@ -172,9 +172,8 @@ def tokens_of(values):
 def test_pretraining_reads_a_corpus(corpus):
     import itertools
 
-    from softprompt.tasks import pretraining
-
     from softprompt import data
+    from softprompt.tasks import pretraining
 
     pretraining.use_corpus(corpus)
     try:
@@ -190,9 +189,8 @@ def test_pretraining_reads_a_corpus(corpus):
 
 
 def test_local_data_serves_the_benchmark_tasks(task_data, monkeypatch, vocabulary):
-    from softprompt.tasks import registry  # noqa: F401
-
     from softprompt import data
+    from softprompt.tasks import registry  # noqa: F401
 
     monkeypatch.setenv("SOFTPROMPT_DATA_DIR", str(task_data))
     lengths = {"inputs": 128, "targets": 16}
