@@ -127,7 +127,7 @@ def configured(function: Callable) -> Callable:
 
 @contextlib.contextmanager
 def errors() -> Iterator[None]:
-    """Within it, an error that gin decorated with where it arose is raised as it was meant."""
+    """Within it, a ValueError that gin decorated with where it arose is raised as it was meant."""
     try:
         yield
     except Exception as error:
@@ -136,10 +136,10 @@ def errors() -> Iterator[None]:
         cut = message.find("\n  In call to configurable")
         if cut < 0:
             raise
-        if isinstance(error, TypeError) and "required" in message[:cut].lower():
-            raise ValueError(" ".join(message[:cut].split())) from None
-        # Gin raises a subclass of its own making; the class above it is the error's.
-        raise type(error).__mro__[1](message[:cut]) from None
+        required = isinstance(error, TypeError) and "required" in message[:cut].lower()
+        if not required and not isinstance(error, ValueError):
+            raise
+        raise ValueError(" ".join(message[:cut].split())) from None
 
 
 def operative() -> str:

@@ -88,13 +88,14 @@ def from_pairs(examples: data.Examples, labels: Sequence[str] | None) -> EvalTas
 
 
 def encode_labels(labels: Sequence[str], vocabulary: Vocabulary) -> np.ndarray:
-    """Label ids `[C, L]` with EOS, padded with 0. Labels that share their ids are an error."""
+    """Label ids `[C, L]` with EOS, padded with 0. Labels with the same ids are an error."""
     rows = [np.array([*vocabulary.encode(text), EOS_ID], np.int32) for text in labels]
     seen: dict[tuple[int, ...], str] = {}
     for text, ids in zip(labels, rows, strict=True):
-        other = seen.setdefault(tuple(ids.tolist()), text)
-        if other != text:
-            raise ValueError(f"the labels {other!r} and {text!r} have the same tokens")
+        key = tuple(ids.tolist())
+        if key in seen:
+            raise ValueError(f"the labels {seen[key]!r} and {text!r} have the same tokens")
+        seen[key] = text
     return data.pad(rows, len(rows), max(map(len, rows)))
 
 
@@ -236,6 +237,18 @@ def _token_loss(module: PromptedT5, flat: tree.Flat, batch) -> jax.Array:
     decoder_ids = losses.shift_right(batch["targets"])
     logits = module.apply({"params": tree.unflatten(flat)}, batch["encoder_ids"], decoder_ids)
     return jnp.stack(losses.cross_entropy(logits, batch["targets"]))
+
+
+def check_metric(name: str | None, tasks: Sequence[EvalTask]) -> None:
+    """Raises unless `name` (perhaps with a "-" before it) is a figure that `tasks` give."""
+    if name is None or not tasks:
+        return
+    known = []
+    for task in tasks:
+        prefix = f"{task.name}/" if len(tasks) > 1 else ""
+        known += [prefix + figure for figure in task.judge([""] * len(task.examples))]
+    if name.lstrip("-") not in known:
+        raise ValueError(f"BEST_METRIC {name!r} is not among the figures {', '.join(known)}")
 
 
 def evaluate(

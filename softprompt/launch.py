@@ -48,6 +48,20 @@ class UserData:
     labels: Sequence[str] | None = None
 
 
+def _check_settings(dtype: str, lengths: Mapping[str, int], **counts: tuple[Any, int]) -> None:
+    """Raises where a type, a feature length or a count `NAME=(value, least)` makes no sense."""
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"DTYPE is {dtype!r}, expected 'float32', 'bfloat16' or 'float16'")
+    if not isinstance(lengths, Mapping) or set(lengths) != {"inputs", "targets"}:
+        raise ValueError(
+            f"TASK_FEATURE_LENGTHS is {lengths!r}, expected {{'inputs': …, 'targets': …}}"
+        )
+    counts |= {f"TASK_FEATURE_LENGTHS[{name!r}]": (n, 2) for name, n in lengths.items()}
+    for name, (value, least) in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} is {value!r}, expected an integer of at least {least}")
+
+
 def _load_tasks(name: str, modules: str | Sequence[str] | None, user: UserData | None):
     """Imports the modules that register tasks; returns seqio's tasks and rates under `name`."""
     for module in [modules] if isinstance(modules, str) else modules or []:
@@ -157,6 +171,19 @@ def train(
     'labels'. Writes to `model_dir` what the README lists.
     """
     began = time.monotonic()
+    _check_settings(
+        dtype,
+        task_feature_lengths,
+        TRAIN_STEPS=(train_steps, 1),
+        BATCH_SIZE=(batch_size, 1),
+        PROMPT_LENGTH=(prompt_length, 0),
+        EVAL_BATCH_SIZE=(eval_batch_size, 1),
+        EVAL_PERIOD=(eval_period, 0),
+        PATIENCE=(patience, 0),
+        CHECKPOINT_PERIOD=(checkpoint_period, 0),
+        KEEP_CHECKPOINTS=(keep_checkpoints, 1),
+        LOG_PERIOD=(log_period, 1),
+    )
     folder = pathlib.Path(model_dir)
     devices = mesh()
     backbone = _load_backbone(
@@ -202,6 +229,7 @@ def train(
             for task, _ in tasks
             if eval_split in task.splits
         ]
+        evaluation.check_metric(best_metric, held_out)
     label_ids = evaluation.training_labels(loss, parts, class_labels, vocabulary)
     predictor = evaluation.Predictor(
         backbone,
@@ -350,6 +378,7 @@ def eval(
     ignore_fingerprint: bool = False,
 ) -> dict[str, float]:
     """Evaluates a prompt (None: the bare backbone) on a task's split; prints figures as JSON."""
+    _check_settings(dtype, task_feature_lengths, BATCH_SIZE=(batch_size, 1), BEAMS=(beams, 1))
     backbone = backbones.load(initial_checkpoint_path, dtype, mesh=mesh())
     vocabulary = _use_vocabulary(backbone)
     flat, length = _prompted(backbone, prompt_file, ignore_fingerprint)
@@ -402,6 +431,7 @@ def infer(
     from softprompt.tasks import records
 
     lengths = task_feature_lengths or {"inputs": 512, "targets": 64}
+    _check_settings(dtype, lengths, BATCH_SIZE=(batch_size, 1), BEAMS=(beams, 1), TOP_K=(top_k, 0))
     rows = list(records.read(input_file))
     texts = [records.fill(template, row) for row in rows]
     backbone = backbones.load(initial_checkpoint_path, dtype, mesh=mesh())

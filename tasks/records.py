@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import string
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -48,7 +49,7 @@ class Row(dict):
 
 
 def read(path: Path) -> Iterator[Row]:
-    """Rows of a `.jsonl`, `.json`, `.csv` or `.tsv` file (also `.gz`), UTF-8.
+    """Rows of a `.jsonl`, `.json`, `.csv` or `.tsv` file (also `.gz`), in UTF-8 (BOM or not).
 
     Raises:
       ValueError: no such file, another ending, a malformed line (named), or no row at all.
@@ -61,14 +62,14 @@ def read(path: Path) -> Iterator[Row]:
         raise ValueError(f"{str(path)!r}: expected a file ending in .jsonl, .csv or .tsv (or .gz)")
     opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rt", encoding="utf-8", newline="") as lines:
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as lines:
             count = 0
             for number, fields in readers[kind](path, lines, "\t" if kind == ".tsv" else ","):
                 count += 1
                 yield Row(fields, str(path), number)
     except FileNotFoundError:
         raise ValueError(f"no such file: {str(path)!r}") from None
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, IsADirectoryError) as error:
+    except (UnicodeDecodeError, EOFError, zlib.error, OSError) as error:
         raise ValueError(f"{str(path)!r} cannot be read: {error}") from None
     if not count:
         raise ValueError(f"{str(path)!r} is empty: expected at least one row")

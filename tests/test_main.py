@@ -96,12 +96,26 @@ def test_a_data_set_of_ones_own_goes_through_flags_alone(tmp_path, rows, capsys)
             ["--gin.MIXTURE_OR_TASK_NAME=embedded_sentiment", "--gin.TRAINABLE=('x',)"],
             "the trainable pattern 'x' matches no parameter",
         ),
+        *(
+            (["--gin.MIXTURE_OR_TASK_NAME=embedded_sentiment", f"--gin.{setting}"], message)
+            for setting, message in (
+                ("BATCH_SIZE=0", "BATCH_SIZE is 0, expected an integer of at least 1"),
+                ("TRAIN_STEPS=abc", "TRAIN_STEPS is 'abc', expected an integer"),
+                ("PROMPT_LENGTH=-1", "PROMPT_LENGTH is -1, expected"),
+                ("DTYPE=float31", "DTYPE is 'float31', expected 'float32'"),
+                ("BEST_METRIC=f1", "BEST_METRIC 'f1' is not among the figures accuracy"),
+                ("MODEL_PARTITIONS=3", "a mesh of "),
+                ("TASK_FEATURE_LENGTHS={'inputs': 8}", "TASK_FEATURE_LENGTHS is {'inputs': 8}"),
+                (f"MODEL_DIR={__file__}/run", "cannot write"),
+            )
+        ),
     ],
 )
 def test_bad_input_is_one_sentence_and_a_failure(tmp_path, capsys, flags, message):
     assert train(tmp_path / "run", *flags) == 2
     said = capsys.readouterr().err.strip()
     assert message in said and len(said.splitlines()) == 1
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_gin_flags_are_told_from_the_others():
