@@ -52,20 +52,29 @@ class Logbook:
         if self.folder is None:
             return
         path = self.folder / f"{name}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **figures}) + "\n")
+            self._write_events(pathlib.PurePath(name).parts[0], step, figures)
         except OSError as error:
-            raise ValueError(f"cannot write {str(path)!r}: {error.strerror}") from error
-        if self._events is None:
-            from tensorboardX import SummaryWriter
+            raise ValueError(f"cannot write to {str(self.folder)!r}: {error.strerror}") from error
 
-            purge = self._start + 1 if self._start else None
-            self._events = SummaryWriter(str(self.folder), purge_step=purge)
-        prefix = pathlib.PurePath(name).parts[0]
+    def _write_events(self, prefix: str, step: int, figures: Mapping[str, float]) -> None:
+        # tensorboardX's SummaryWriter writes in a thread, where a full disk would go unheard.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import scalar
+
+        if self._events is None:
+            self._events = EventsWriter(str(self.folder / "events"))
+            if self._start:  # TensorBoard forgets what an interrupted run logged after this.
+                restart = SessionLog(status=SessionLog.START)
+                self._events.write_event(Event(step=self._start + 1, session_log=restart))
         for key, value in figures.items():
-            self._events.add_scalar(f"{prefix}/{key}", value, step)
+            summary = scalar(f"{prefix}/{key}", value)
+            self._events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+        self._events.flush()
 
     def progress(self, step: int, last: int, loss: float, note: str = "") -> None:
         """One line: step, loss, rate, time left."""
@@ -75,7 +84,7 @@ class Logbook:
         say(f"step {step}/{last}  loss {loss:.4f}  {rate:.2f} steps/s  {left} left{note}")
 
     def close(self) -> None:
-        """Flushes the events."""
+        """Closes the events."""
         if self._events is not None:
             self._events.close()
 
