@@ -162,7 +162,7 @@ def test_the_readme_example_runs(tmp_path, monkeypatch, capsys):
     [code] = re.findall("```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert len(code.strip().splitlines()) <= 12
     monkeypatch.chdir(tmp_path)
-    exec(compile(code.replace("train_steps=400", "train_steps=2"), "README.md", "exec"), {})
+    exec(compile(code.replace("train_steps=200", "train_steps=2"), "README.md", "exec"), {})
     assert list(tmp_path.glob("*.safetensors"))
     assert capsys.readouterr().out
 
