@@ -19,8 +19,6 @@ Array = jax.Array
 # Keys and values of one attention block, each [B, S, A, D].
 KV = tuple[Array, Array]
 
-RELATIVE_BUCKETS = 32
-RELATIVE_MAX_DISTANCE = 128
 MASKED = -1e10
 
 
@@ -39,6 +37,9 @@ class T5Config:
     mlp_activations: tuple[str, ...] = ("gelu", "linear")
     # T5 1.0 reads logits off the embedding, scaled by 1/sqrt(H).
     logits_via_embedding: bool = False
+    # Number of relative-position buckets, and the distance from which all share the last one.
+    relative_buckets: int = 32
+    relative_max_distance: int = 128
     dropout_rate: float = 0.0
     dtype: Any = jnp.float32
 
@@ -52,13 +53,16 @@ class T5Config:
     @classmethod
     def from_json(cls, sizes: dict[str, Any], **overrides) -> "T5Config":
         """Inverse of `to_json`; unknown or missing names are an error naming them."""
-        names = {f.name for f in dataclasses.fields(cls)} - {"dropout_rate", "dtype"}
-        unknown, missing = sorted(set(sizes) - names), sorted(names - set(sizes))
+        fields = [f for f in dataclasses.fields(cls) if f.name not in ("dropout_rate", "dtype")]
+        names = {f.name for f in fields}
+        required = {f.name for f in fields if f.default is dataclasses.MISSING}
+        unknown, missing = sorted(set(sizes) - names), sorted(required - set(sizes))
         if unknown or missing:
             raise ValueError(
                 f"not a T5 architecture: unknown names {unknown}, missing names {missing}"
             )
-        sizes = dict(sizes, mlp_activations=tuple(sizes["mlp_activations"]))
+        if "mlp_activations" in sizes:
+            sizes = dict(sizes, mlp_activations=tuple(sizes["mlp_activations"]))
         return cls(**sizes, **overrides)
 
 
@@ -194,23 +198,25 @@ class Mlp(nn.Module):
         return Dense(cfg.emb_dim, ("mlp", "embed"), cfg.dtype, name="wo")(y)
 
 
-def relative_buckets(distance: Array, bidirectional: bool) -> Array:
+def relative_buckets(
+    distance: Array, bidirectional: bool, buckets: int = 32, max_distance: int = 128
+) -> Array:
     """T5's bucket of each `key position - query position` (Raffel et al. 2020, section 2.1).
 
     Half of the buckets hold exact distances, the other half grow logarithmically up to
-    `RELATIVE_MAX_DISTANCE`. Looked up in a table made by NumPy, so that bucket edges do not depend
+    `max_distance`. Looked up in a table made by NumPy, so that bucket edges do not depend
     on a device's logarithm.
     """
-    buckets = RELATIVE_BUCKETS // 2 if bidirectional else RELATIVE_BUCKETS
+    buckets = buckets // 2 if bidirectional else buckets
     exact = buckets // 2
-    n = np.arange(RELATIVE_MAX_DISTANCE + 1)
+    n = np.arange(max_distance + 1)
     with np.errstate(divide="ignore"):
-        log = np.log(n / exact + np.finfo(np.float32).eps) / np.log(RELATIVE_MAX_DISTANCE / exact)
+        log = np.log(n / exact + np.finfo(np.float32).eps) / np.log(max_distance / exact)
     large = exact + (log * (buckets - exact)).astype(np.int64)
     table = jnp.asarray(np.where(n < exact, n, np.minimum(large, buckets - 1)), jnp.int32)
     past = -distance
     size = jnp.abs(past) if bidirectional else jnp.maximum(past, 0)
-    bucket = table[jnp.minimum(size, RELATIVE_MAX_DISTANCE)]
+    bucket = table[jnp.minimum(size, max_distance)]
     return bucket + jnp.where(past < 0, buckets, 0) if bidirectional else bucket
 
 
@@ -227,11 +233,16 @@ class RelativePositionBias(nn.Module):
         table = partitioning.param_with_axes(
             "rel_embedding",
             init,
-            (self.cfg.num_heads, RELATIVE_BUCKETS),
+            (self.cfg.num_heads, self.cfg.relative_buckets),
             jnp.float32,
             axes=("heads", "relpos_buckets"),
         )
-        buckets = relative_buckets(keys[None, :] - queries[:, None], self.bidirectional)
+        buckets = relative_buckets(
+            keys[None, :] - queries[:, None],
+            self.bidirectional,
+            self.cfg.relative_buckets,
+            self.cfg.relative_max_distance,
+        )
         return table[:, buckets][None]
 
 
