@@ -48,7 +48,7 @@ def from_task(
     """A seqio task's split with its postprocessor and metric functions."""
     examples = data.from_task(task, split, lengths)
     targets = [
-        task.postprocess_fn(vocabulary.decode(record["targets"]), example=record, is_target=True)
+        task.postprocess_fn(_target_text(record, vocabulary), example=record, is_target=True)
         for record in examples.records
     ]
 
@@ -64,6 +64,12 @@ def from_task(
         return figures
 
     return EvalTask(examples, label_classes(task), judge)
+
+
+def _target_text(record: Mapping[str, Any], vocabulary: Vocabulary) -> str:
+    """The target as the task wrote it: a vocabulary may lack some of its characters."""
+    text = record.get("targets_pretokenized")
+    return vocabulary.decode(record["targets"]) if text is None else plain(text)
 
 
 def label_classes(task: Any) -> list[str] | None:
@@ -225,12 +231,16 @@ class Predictor:
     def predict(self, flat: tree.Flat, task: EvalTask) -> tuple[list[str], np.ndarray | None]:
         """Predicted strings, and label scores where labels were ranked.
 
-        A task without labels is always generated.
+        A task without labels is always generated. A generated label is recognised also where the
+        vocabulary lacks some of its characters.
         """
         if self.mode == RANK and task.labels is not None:
             scores = self.score(flat, task.examples, task.labels)
             return [task.labels[i] for i in scores.argmax(-1)], scores
-        return self.generate(flat, task.examples), None
+        texts = self.generate(flat, task.examples)
+        vocabulary = self.backbone.vocabulary
+        spelled = {vocabulary.decode(vocabulary.encode(text)): text for text in task.labels or ()}
+        return [spelled.get(text, text) for text in texts], None
 
 
 def _token_loss(module: PromptedT5, flat: tree.Flat, batch) -> jax.Array:
