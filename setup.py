@@ -3,7 +3,7 @@
 from setuptools import setup
 
 setup(
-    packages=["softprompt", "softprompt.tasks", "softprompt.gin"],
+    packages=["softprompt", "softprompt.formats", "softprompt.tasks", "softprompt.gin"],
     package_dir={"softprompt": "softprompt", "softprompt.tasks": "tasks", "softprompt.gin": "gin"},
     package_data={
         "softprompt": ["embedded/**/*"],

@@ -175,10 +175,11 @@ def _user_data(args: argparse.Namespace) -> list[tuple[str, str]]:
 def _inspect(path: str) -> int:
     import json
 
-    from softprompt import backbone, prompt
+    from softprompt import prompt
+    from softprompt.formats import native
 
     if path == "embedded" or pathlib.Path(path).is_dir():
-        print(backbone.describe(path))
+        print(native.describe(path))
         return 0
     array, metadata = prompt.load(path)
     print(json.dumps({"shape": list(array.shape), **metadata}, indent=2, sort_keys=True))

@@ -55,9 +55,17 @@ class EmbeddedData:
     labels: list[str]
 
 
-def load_backbone(path: str | os.PathLike = "embedded", dtype: Any = "float32") -> Backbone:
-    """Loads a frozen T5, by default the one that the package carries. See `backbone.load`."""
-    return backbones.load(path, dtype)
+def load_backbone(
+    path: str | os.PathLike = "embedded",
+    dtype: Any = "float32",
+    vocabulary_file: str | os.PathLike | None = None,
+) -> Backbone:
+    """Loads a frozen T5, by default the one that the package carries.
+
+    `path` may be a folder of ours, of Hugging Face's or of T5X's, or a hub name; `vocabulary_file`
+    a SentencePiece model where the source brings none. See `backbone.load`.
+    """
+    return backbones.load(path, dtype, vocabulary_file=vocabulary_file)
 
 
 def load_prompt(

@@ -70,31 +70,48 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
-def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Arrays and metadata of a file that `write` made.
+class Arrays:
+    """A file that `write` made, open: metadata and shapes at once, arrays one at a time.
 
     Raises:
       CorruptFile: torn, altered, or another format; the message names the file.
       ValueError: no such file.
     """
-    try:
-        with safetensors.safe_open(path, "numpy") as file:
-            metadata = {key: json.loads(x) for key, x in (file.metadata() or {}).items()}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}
-    except FileNotFoundError:
-        raise ValueError(f"no such file: {str(path)!r}") from None
-    except (safetensors.SafetensorError, json.JSONDecodeError, OSError) as error:
-        raise CorruptFile(f"{str(path)!r} is torn or is no safetensors file: {error}") from None
-    if "sha256" not in metadata:
-        raise CorruptFile(f"{str(path)!r} carries no checksum: it was not written by softprompt")
-    if metadata["format_version"] > FORMAT_VERSION:
-        raise ValueError(
-            f"{str(path)!r} has format version {metadata['format_version']}, this softprompt reads "
-            f"up to {FORMAT_VERSION}: upgrade softprompt"
-        )
-    if _hash(arrays) != metadata["sha256"]:
+
+    def __init__(self, path: Path):
+        self._path = str(path)
+        try:
+            self._file = safetensors.safe_open(path, "numpy")
+            self.metadata = {k: json.loads(x) for k, x in (self._file.metadata() or {}).items()}
+            self.shapes = {k: tuple(self._file.get_slice(k).get_shape()) for k in self._file.keys()}
+        except FileNotFoundError:
+            raise ValueError(f"no such file: {self._path!r}") from None
+        except (safetensors.SafetensorError, json.JSONDecodeError, OSError) as error:
+            raise CorruptFile(
+                f"{self._path!r} is torn or is no safetensors file: {error}"
+            ) from None
+        if "sha256" not in self.metadata:
+            raise CorruptFile(
+                f"{self._path!r} carries no checksum: it was not written by softprompt"
+            )
+        if self.metadata["format_version"] > FORMAT_VERSION:
+            raise ValueError(
+                f"{self._path!r} has format version {self.metadata['format_version']}, this "
+                f"softprompt reads up to {FORMAT_VERSION}: upgrade softprompt"
+            )
+
+    def read(self, name: str) -> np.ndarray:
+        """One array, its content not yet checked."""
+        return self._file.get_tensor(name)
+
+
+def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Arrays, their content checked, and metadata of a file that `write` made: see `Arrays`."""
+    file = Arrays(path)
+    arrays = {name: file.read(name) for name in file.shapes}
+    if _hash(arrays) != file.metadata["sha256"]:
         raise CorruptFile(f"{str(path)!r} is corrupt: its content does not fit its checksum")
-    return arrays, metadata
+    return arrays, file.metadata
 
 
 def _hash(arrays: Mapping[str, np.ndarray]) -> str:

@@ -30,8 +30,9 @@ from softprompt import (
 )
 from softprompt import train as training
 from softprompt.backbone import Backbone
+from softprompt.formats import native
 from softprompt.logbook import duration, say, size
-from softprompt.vocabulary import Vocabulary
+from softprompt.vocabulary import AnyVocabulary, open_vocabulary
 
 Path = str | os.PathLike
 
@@ -99,7 +100,7 @@ def _load_backbone(
     from softprompt import t5
 
     if path is not None:
-        loaded = backbones.load(path, dtype, dropout_rate, mesh)
+        loaded = backbones.load(path, dtype, dropout_rate, mesh, vocabulary_file)
         if architecture is not None:
             expected = t5.config(architecture).to_json()
             if loaded.cfg.to_json() != expected:
@@ -110,12 +111,12 @@ def _load_backbone(
         return loaded
     if architecture is None:
         raise ValueError("give INITIAL_CHECKPOINT_PATH, or ARCHITECTURE to start from scratch")
-    vocabulary = Vocabulary(vocabulary_file) if vocabulary_file else None
+    vocabulary = open_vocabulary(vocabulary_file) if vocabulary_file else None
     cfg = t5.config(architecture, dropout_rate, dtype)
     return backbones.random(cfg, seed, vocabulary, mesh, name=architecture)
 
 
-def _use_vocabulary(backbone: Backbone) -> Vocabulary:
+def _use_vocabulary(backbone: Backbone) -> AnyVocabulary:
     from softprompt.tasks import features
 
     if backbone.vocabulary is None:
@@ -302,7 +303,7 @@ def train(
         merged = {**backbone.params, **result.best}
         merged.pop(training.PROMPT, None)
         out = folder / "backbone"
-        print_name = backbones.save(
+        print_name = native.save(
             out,
             backbone_name or backbone.name,
             backbone.cfg,
@@ -375,11 +376,14 @@ def eval(
     beams: int = 1,
     mesh: Callable[[], jax.sharding.Mesh] = partition.make_mesh,
     dtype: str = "float32",
+    vocabulary_file: str | None = None,
     ignore_fingerprint: bool = False,
 ) -> dict[str, float]:
     """Evaluates a prompt (None: the bare backbone) on a task's split; prints figures as JSON."""
     _check_settings(dtype, task_feature_lengths, BATCH_SIZE=(batch_size, 1), BEAMS=(beams, 1))
-    backbone = backbones.load(initial_checkpoint_path, dtype, mesh=mesh())
+    backbone = backbones.load(
+        initial_checkpoint_path, dtype, mesh=mesh(), vocabulary_file=vocabulary_file
+    )
     vocabulary = _use_vocabulary(backbone)
     flat, length = _prompted(backbone, prompt_file, ignore_fingerprint)
     tasks = [
@@ -421,6 +425,7 @@ def infer(
     seed: int = 0,
     mesh: Callable[[], jax.sharding.Mesh] = partition.make_mesh,
     dtype: str = "float32",
+    vocabulary_file: str | None = None,
     ignore_fingerprint: bool = False,
 ) -> int:
     """Predicts a text (or, with `labels`, the likeliest label) for each row of a JSONL or CSV file.
@@ -434,7 +439,9 @@ def infer(
     _check_settings(dtype, lengths, BATCH_SIZE=(batch_size, 1), BEAMS=(beams, 1), TOP_K=(top_k, 0))
     rows = list(records.read(input_file))
     texts = [records.fill(template, row) for row in rows]
-    backbone = backbones.load(initial_checkpoint_path, dtype, mesh=mesh())
+    backbone = backbones.load(
+        initial_checkpoint_path, dtype, mesh=mesh(), vocabulary_file=vocabulary_file
+    )
     flat, length = _prompted(backbone, prompt_file, ignore_fingerprint)
     mode = evaluation.RANK if labels else evaluation.GENERATE
     predictor = evaluation.Predictor(

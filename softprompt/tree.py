@@ -5,7 +5,7 @@ A *flat tree* is a dict `{"encoder/layers_0/attention/query/kernel": array}`; it
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -63,15 +63,18 @@ def _examples(flat: Mapping[str, Any], count: int = 4) -> list[str]:
 
 
 def check_same_paths(
-    got: Mapping[str, Any], expected: Mapping[str, Any], what: str, shape: Callable = np.shape
+    got: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], what: str
 ) -> None:
-    """Raises a ValueError listing every missing, leftover or wrongly shaped path of `got`."""
+    """Raises a ValueError listing every missing, leftover or wrongly shaped path of `got`.
+
+    Both map paths to shapes.
+    """
     problems = [f"missing {path}" for path in expected if path not in got]
     problems += [f"unexpected {path}" for path in got if path not in expected]
     problems += [
-        f"{path} has shape {tuple(shape(got[path]))}, expected {tuple(shape(expected[path]))}"
-        for path in expected
-        if path in got and tuple(shape(got[path])) != tuple(shape(expected[path]))
+        f"{path} has shape {tuple(got[path])}, expected {tuple(shape)}"
+        for path, shape in expected.items()
+        if path in got and tuple(got[path]) != tuple(shape)
     ]
     if problems:
         shown = "; ".join(problems[:20])
@@ -79,18 +82,35 @@ def check_same_paths(
         raise ValueError(f"{what} does not fit the model: {shown}{more}")
 
 
-def fingerprint(flat: Mapping[str, Any]) -> str:
-    """16 hexadecimal digits of a SHA-256 over paths, shapes and float32 values.
+class Fingerprint:
+    """16 hexadecimal digits of a SHA-256 over paths, shapes and float32 values, taken in order.
 
     Any changed bit of a float32 tree changes it. A tree stored in fewer bits has the fingerprint
     of its values, not of their storage.
     """
-    digest = hashlib.sha256()
+
+    def __init__(self):
+        self._digest = hashlib.sha256()
+        self._last = ""
+
+    def add(self, path: str, value: Any) -> None:
+        """Takes in the next parameter; paths must come sorted."""
+        assert path > self._last, (path, self._last)
+        self._last = path
+        x = np.ascontiguousarray(np.asarray(jax.device_get(value), np.float32))
+        self._digest.update(f"{path}{x.shape}".encode())
+        self._digest.update(x.data)
+
+    def __str__(self) -> str:
+        return self._digest.hexdigest()[:16]
+
+
+def fingerprint(flat: Mapping[str, Any]) -> str:
+    """The `Fingerprint` of a whole tree."""
+    found = Fingerprint()
     for path in sorted(flat):
-        x = np.ascontiguousarray(np.asarray(jax.device_get(flat[path]), np.float32))
-        digest.update(f"{path}{x.shape}".encode())
-        digest.update(x.data)
-    return digest.hexdigest()[:16]
+        found.add(path, flat[path])
+    return str(found)
 
 
 def count(flat: Mapping[str, Any]) -> int:

@@ -21,18 +21,18 @@ EXTRA_IDS = 100
 class Vocabulary:
     """A SentencePiece model plus sentinels.
 
-    Two vocabularies are equal when their pieces are, wherever their files lie.
+    Two vocabularies are equal when their pieces are, wherever their files lie. `extra_ids` (None:
+    100, but none for a model that holds sentinels of its own, as mT5's does) are appended.
 
     >>> vocabulary = Vocabulary("spiece.model")
     >>> vocabulary.encode("a fine film")
     [9, 1530, 1220]
     """
 
-    def __init__(self, path: str | os.PathLike, extra_ids: int = EXTRA_IDS):
+    def __init__(self, path: str | os.PathLike, extra_ids: int | None = None):
         from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
         self.path = str(path)
-        self.extra_ids = extra_ids
         try:
             serialized = pathlib.Path(path).read_bytes()
         except OSError as error:
@@ -46,6 +46,10 @@ class Vocabulary:
             raise ValueError(f"{self.path!r} is not a SentencePiece model") from None
         if not model.pieces:
             raise ValueError(f"{self.path!r} is not a SentencePiece model: it holds no pieces")
+        if extra_ids is None:
+            own = any(p.piece in ("<extra_id_0>", "▁<extra_id_0>") for p in model.pieces)
+            extra_ids = 0 if own else EXTRA_IDS
+        self.extra_ids = extra_ids
         self._hash = hashlib.sha256(
             "\n".join(p.piece for p in model.pieces).encode() + str(extra_ids).encode()
         ).hexdigest()
@@ -91,13 +95,62 @@ class Vocabulary:
 
     def sentinel(self, i: int) -> int:
         """Id of `<extra_id_i>`."""
-        return self.size - 1 - i
+        return self._processor.PieceToId(f"▁<extra_id_{i}>")
 
     def __eq__(self, other):
         return isinstance(other, Vocabulary) and self._hash == other._hash
 
     def __hash__(self):
         return hash(self._hash)
+
+
+class ByteVocabulary:
+    """ByT5's vocabulary (Xue et al. 2022, section 3.1): id = byte + 3, then 125 sentinels.
+
+    Ids agree with `seqio.ByteVocabulary(extra_ids=125)`. Its path is the word 'bytes'.
+    """
+
+    path = BYTES = "bytes"
+    extra_ids = 125
+    size = 3 + 256 + 125
+    fingerprint = BYTES
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the UTF-8 bytes of `text`, without EOS."""
+        return [byte + 3 for byte in text.encode()]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, without EOS."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids` up to the first EOS; ids that are no byte and broken UTF-8 are left out."""
+        kept = itertools.takewhile(lambda i: i != EOS_ID, ids)
+        return bytes(int(i) - 3 for i in kept if 3 <= i < 259).decode(errors="ignore")
+
+    def piece(self, i: int) -> str:
+        """The character or `<0x..>` with id `i`."""
+        if not 3 <= i < 259:
+            return {0: "<pad>", 1: "</s>", 2: "<unk>"}.get(int(i), f"<extra_id_{i - 259}>")
+        return chr(i - 3) if 32 <= i - 3 < 127 else f"<0x{i - 3:02X}>"
+
+    def sentinel(self, i: int) -> int:
+        """Id of sentinel i, counted from the end."""
+        return self.size - 1 - i
+
+    def __eq__(self, other):
+        return isinstance(other, ByteVocabulary)
+
+    def __hash__(self):
+        return hash(self.BYTES)
+
+
+AnyVocabulary = Vocabulary | ByteVocabulary
+
+
+def open_vocabulary(path: str | os.PathLike) -> AnyVocabulary:
+    """The SentencePiece vocabulary in a file, or ByT5's for the word 'bytes'."""
+    return ByteVocabulary() if str(path) == ByteVocabulary.BYTES else Vocabulary(path)
 
 
 def read_documents(path: str | os.PathLike) -> Iterator[str]:

@@ -10,18 +10,26 @@ import os
 
 import seqio
 
+from softprompt.formats import native
+from softprompt.vocabulary import ByteVocabulary, Vocabulary
+
 _path: str | None = None
 
 
 def use_vocabulary(path: str | os.PathLike | None) -> None:
-    """Makes all tasks tokenise with the SentencePiece model at `path` (None: the embedded one)."""
+    """Makes all tasks tokenise with the SentencePiece model at `path`.
+
+    None is the embedded one, 'bytes' ByT5's vocabulary.
+    """
     global _path
     _path = None if path is None else str(path)
 
 
 @functools.lru_cache(maxsize=8)
-def _load(path: str) -> seqio.SentencePieceVocabulary:
-    return seqio.SentencePieceVocabulary(path, extra_ids=100)
+def _load(path: str) -> seqio.Vocabulary:
+    if path == ByteVocabulary.BYTES:
+        return seqio.ByteVocabulary(extra_ids=ByteVocabulary.extra_ids)
+    return seqio.SentencePieceVocabulary(path, extra_ids=Vocabulary(path).extra_ids)
 
 
 class BackboneVocabulary(seqio.Vocabulary):
@@ -31,10 +39,8 @@ class BackboneVocabulary(seqio.Vocabulary):
         super().__init__(extra_ids=0)
 
     @property
-    def target(self) -> seqio.SentencePieceVocabulary:
-        from softprompt import backbone
-
-        return _load(_path or str(backbone.EMBEDDED / backbone.VOCABULARY_FILE))
+    def target(self) -> seqio.Vocabulary:
+        return _load(_path or str(native.EMBEDDED / native.VOCABULARY_FILE))
 
     @property
     def bos_id(self):

@@ -9,6 +9,7 @@ import pytest
 
 from softprompt import backbone as backbones
 from softprompt import partition, t5
+from softprompt.formats import native
 from softprompt.vocabulary import Vocabulary
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -24,7 +25,7 @@ TINY = t5.T5Config(**{**golden.SIZES, "vocab_size": 8192})
 
 @pytest.fixture(scope="session")
 def vocabulary() -> Vocabulary:
-    return Vocabulary(backbones.EMBEDDED / backbones.VOCABULARY_FILE)
+    return Vocabulary(native.EMBEDDED / native.VOCABULARY_FILE)
 
 
 @pytest.fixture(scope="session")

@@ -8,11 +8,12 @@ import pytest
 
 from softprompt import backbone as backbones
 from softprompt import checkpoint, tree
+from softprompt.formats import native
 from softprompt.vocabulary import Vocabulary
 
 
 def saved(tiny, folder, dtype="float32"):
-    fingerprint = backbones.save(
+    fingerprint = native.save(
         folder, "tiny", tiny.cfg, tiny.params, tiny.vocabulary.path, dtype, {"why": "a test"}
     )
     return backbones.load(folder), fingerprint
@@ -36,12 +37,12 @@ def test_smaller_storage_rounds_and_is_fingerprinted_as_rounded(tiny, tmp_path, 
         largest = np.abs(x) if dtype == "bfloat16" else np.abs(x).max()
         assert (np.abs(x - loaded.params[path]) <= error * largest + 1e-7).all(), path
     # The same values under another roof keep the fingerprint.
-    again = backbones.save(tmp_path / "again", "tiny", tiny.cfg, loaded.params, None, "float32")
+    again = native.save(tmp_path / "again", "tiny", tiny.cfg, loaded.params, None, "float32")
     assert again == fingerprint
 
 
 def test_the_embedded_backbone_fits_in_the_package(embedded):
-    size = sum(p.stat().st_size for p in backbones.EMBEDDED.iterdir())
+    size = sum(p.stat().st_size for p in native.EMBEDDED.iterdir())
     assert size <= 16_000_000
     assert embedded.vocabulary.size <= embedded.cfg.vocab_size
     assert embedded.metadata["provenance"]
@@ -51,7 +52,7 @@ def test_a_wrong_path_says_what_lies_there(tmp_path):
     with pytest.raises(ValueError, match="INITIAL_CHECKPOINT_PATH '.*nowhere' does not exist"):
         backbones.load(tmp_path / "nowhere")
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(ValueError, match=r"holds no model.safetensors \(it holds: notes.txt\)"):
+    with pytest.raises(ValueError, match=r"holds no backbone \(it holds: notes.txt\)"):
         backbones.load(tmp_path)
 
 
@@ -59,7 +60,7 @@ def test_missing_leftover_and_misshapen_parameters_are_listed(tiny, tmp_path):
     params = {k: np.asarray(x) for k, x in tiny.params.items()}
     params["decoder/extra"] = params.pop("encoder/encoder_norm/scale")
     params["decoder/decoder_norm/scale"] = np.ones(3, np.float32)
-    backbones.save(tmp_path, "tiny", tiny.cfg, params, None)
+    native.save(tmp_path, "tiny", tiny.cfg, params, None)
     with pytest.raises(ValueError) as error:
         backbones.load(tmp_path)
     for part in (

@@ -21,6 +21,7 @@ def test_the_wheel_works_outside_the_repository(tmp_path):
     for part in (
         "softprompt/gin/runs/prompt_finetune.gin",
         "softprompt/tasks/super_glue.py",
+        "softprompt/formats/t5x.py",
         "softprompt/embedded/backbone/model.safetensors",
         "softprompt/embedded/data/entailment/train.jsonl",
     ):

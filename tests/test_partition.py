@@ -21,8 +21,9 @@ import jax
 from conftest import TINY
 from test_train import fit
 from softprompt import backbone as backbones, evaluation, data, partition, train, tree
+from softprompt.formats import native
 from softprompt.vocabulary import Vocabulary
-words = Vocabulary(backbones.EMBEDDED / backbones.VOCABULARY_FILE)
+words = Vocabulary(native.EMBEDDED / native.VOCABULARY_FILE)
 pairs = [(f"number {i} of the lot", "odd" if i % 2 else "even") for i in range(16)]
 found = {}
 for shape in ((1, 1), (8, 1), (4, 2), (2, 4)):

@@ -121,6 +121,24 @@ def test_files_of_ones_own_become_a_seqio_task(tmp_path, vocabulary):
     assert judged.judge(["e", "o", "o", "?"]) == {"accuracy": 50.0, "illegal": 1.0}
 
 
+def test_a_label_beyond_the_vocabulary_is_still_itself(tmp_path, embedded, monkeypatch):
+    from softprompt import data, evaluation
+
+    vocabulary = embedded.vocabulary
+    labels = ["so", "not_so"]
+    assert "_" not in vocabulary.decode(vocabulary.encode("not_so"))
+    path = tmp_path / "v.jsonl"
+    path.write_text("".join(json.dumps({"q": f"n {i}", "y": i % 2}) + "\n" for i in range(4)))
+    user.register_task("beyond", validation_file=path, template="q: {q}", target="y", labels=labels)
+    [(task, _)] = data.get_tasks("beyond")
+    judged = evaluation.from_task(task, "validation", {"inputs": 16, "targets": 8}, vocabulary)
+    assert judged.judge(["so", "not_so", "not_so", "?"]) == {"accuracy": 50.0, "illegal": 1.0}
+    predictor = evaluation.Predictor(embedded, 0, evaluation.GENERATE, 4, 8)
+    decoded = [vocabulary.decode(vocabulary.encode(x)) for x in ("not_so", "so", "neither", "so")]
+    monkeypatch.setattr(predictor, "generate", lambda flat, examples: decoded)
+    assert predictor.predict({}, judged)[0] == ["not_so", "so", "neither", "so"]
+
+
 def test_an_unknown_task_suggests_near_ones():
     from softprompt import data
     from softprompt.tasks import registry  # noqa: F401

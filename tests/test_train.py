@@ -232,8 +232,9 @@ import sys, time, numpy as np, softprompt
 from softprompt import partition, backbone as backbones, prompt, data
 sys.path.insert(0, {tests!r})
 from conftest import TINY
+from softprompt.formats import native
 from softprompt.vocabulary import Vocabulary
-words = Vocabulary(backbones.EMBEDDED / backbones.VOCABULARY_FILE)
+words = Vocabulary(native.EMBEDDED / native.VOCABULARY_FILE)
 tiny = backbones.random(TINY, 0, words, partition.make_mesh(devices=1), "tiny")
 pairs = [("a fine film", "positive"), ("a dull film", "negative"), ("I like it", "positive"),
          ("I hate it", "negative"), ("very good", "positive"), ("very bad", "negative")]

@@ -1,0 +1,134 @@
+"""Our own format: a folder of `model.safetensors` (parameters by path) and `spiece.model`.
+
+Architecture, name, fingerprint and provenance are in the file's metadata. Weights may be stored in
+float32, bfloat16, or int8 with one float32 scale per channel.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from softprompt import checkpoint, tree
+from softprompt.formats.stored import Stored
+from softprompt.t5 import T5Config
+from softprompt.vocabulary import AnyVocabulary, ByteVocabulary, Vocabulary
+
+EMBEDDED = pathlib.Path(__file__).parent.parent / "embedded" / "backbone"
+MODEL_FILE = "model.safetensors"
+VOCABULARY_FILE = "spiece.model"
+SCALE = ":scale"
+
+
+def holds(folder: pathlib.Path) -> bool:
+    """Whether this is a folder of ours."""
+    try:
+        with safetensors.safe_open(folder / MODEL_FILE, "numpy") as file:
+            return "fingerprint" in (file.metadata() or {})
+    except (safetensors.SafetensorError, OSError):
+        # A torn file of ours is still ours, to be named as such: nobody else's lacks a config.
+        return (folder / MODEL_FILE).is_file() and not (folder / "config.json").exists()
+
+
+def open_stored(folder: str | os.PathLike) -> Stored:
+    """Opens a folder that `save` wrote."""
+    folder = pathlib.Path(folder)
+    arrays = checkpoint.Arrays(folder / MODEL_FILE)
+    metadata = arrays.metadata
+    names = set(arrays.shapes)
+
+    def read(path: str) -> np.ndarray:
+        x = arrays.read(path)
+        return x * arrays.read(path + SCALE) if path + SCALE in names else x
+
+    return Stored(
+        where=str(folder / MODEL_FILE),
+        name=metadata["name"],
+        cfg=T5Config.from_json(metadata["architecture"]),
+        shapes={k: shape for k, shape in arrays.shapes.items() if not k.endswith(SCALE)},
+        read=read,
+        vocabulary=_vocabulary(folder, metadata),
+        fingerprint=metadata["fingerprint"],
+        metadata=metadata,
+    )
+
+
+def _vocabulary(folder: pathlib.Path, metadata: Mapping[str, Any]) -> AnyVocabulary | None:
+    if metadata.get("vocabulary") == ByteVocabulary.BYTES:
+        return ByteVocabulary()
+    path = folder / VOCABULARY_FILE
+    return Vocabulary(path) if path.is_file() else None
+
+
+def save(
+    folder: str | os.PathLike,
+    name: str,
+    cfg: T5Config,
+    params: Mapping[str, Any],
+    vocabulary_file: str | os.PathLike | None,
+    dtype: str = "float32",
+    provenance: Mapping[str, Any] | None = None,
+) -> str:
+    """Writes a backbone folder, weights stored as 'float32', 'bfloat16' or 'int8'.
+
+    Returns its fingerprint, which is that of the values a reader gets (rounded, if stored so).
+    """
+    types = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "int8": np.float32}
+    if dtype not in types:
+        raise ValueError(f"cannot store weights as {dtype!r}; choose float32, bfloat16 or int8")
+    stored = {path: np.asarray(jax.device_get(x), types[dtype]) for path, x in params.items()}
+    if dtype == "int8":
+        stored = quantize(stored)
+    fingerprint = tree.fingerprint(dequantize(stored))
+    bytes_ = str(vocabulary_file) == ByteVocabulary.BYTES
+    metadata = {
+        "name": name,
+        "architecture": cfg.to_json(),
+        "fingerprint": fingerprint,
+        "stored_as": dtype,
+        "vocabulary": ByteVocabulary.BYTES if bytes_ else VOCABULARY_FILE,
+        "provenance": provenance or {},
+    }
+    folder = pathlib.Path(folder)
+    vocabulary = None
+    if vocabulary_file is not None and not bytes_:
+        vocabulary = pathlib.Path(vocabulary_file).read_bytes()
+    checkpoint.write(folder / MODEL_FILE, stored, metadata)
+    if vocabulary is not None:
+        checkpoint.write_atomically(folder / VOCABULARY_FILE, vocabulary)
+    return fingerprint
+
+
+def quantize(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Matrices as int8 with a float32 scale per output channel (per row of the embedding)."""
+    stored = {}
+    for path, x in values.items():
+        if x.ndim != 2 or x.size < 4096:
+            stored[path] = x
+            continue
+        axis = 1 if path.endswith("embedding") else 0
+        scale = np.maximum(np.abs(x).max(axis=axis, keepdims=True), 1e-12) / np.float32(127)
+        stored[path] = np.rint(x / scale).astype(np.int8)
+        stored[path + SCALE] = scale.astype(np.float32)
+    return stored
+
+
+def dequantize(stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Inverse of `quantize` up to rounding; other arrays pass through."""
+    return {
+        path: x * stored[path + SCALE] if path + SCALE in stored else x
+        for path, x in stored.items()
+        if not path.endswith(SCALE)
+    }
+
+
+def describe(folder: str | os.PathLike) -> str:
+    """What a backbone folder says of itself, as indented JSON."""
+    folder = EMBEDDED if str(folder) == "embedded" else pathlib.Path(folder)
+    return json.dumps(checkpoint.Arrays(folder / MODEL_FILE).metadata, indent=2, sort_keys=True)
