@@ -1,4 +1,4 @@
-"""Command line: `softprompt train | eval | infer | quickstart | vocabulary | inspect`."""
+"""Command line: softprompt train, eval, infer, quickstart, vocabulary, inspect, convert."""
 
 import argparse
 import os
@@ -110,7 +110,25 @@ def parser() -> argparse.ArgumentParser:
     words.add_argument("--size", type=int, default=8000)
     words.add_argument("--sentences", type=int, default=250_000)
     inspect = commands.add_parser("inspect", help="print what a prompt or backbone says of itself")
-    inspect.add_argument("path", help="a prompt file, a backbone folder, or 'embedded'")
+    inspect.add_argument("path", help="a prompt or a backbone in any format, or 'embedded'")
+    inspect.add_argument("--backbone", help="show a prompt's nearest tokens in this backbone")
+    inspect.add_argument("--neighbours", type=int, default=5, help="tokens per vector")
+    convert = commands.add_parser("convert", help="write a backbone or prompt in another format")
+    convert.add_argument("source", help="a path, a gs:// URL, or a Hugging Face hub name")
+    convert.add_argument("output", help="where to write; must not exist")
+    convert.add_argument(
+        "--to", required=True, choices=("softprompt", "hf", "t5x", "prompt", "npy", "peft"),
+        help="the first three for a backbone, the others for a prompt",
+    )  # fmt: skip
+    convert.add_argument("--dtype", choices=("float32", "bfloat16", "int8"), help="of the weights")
+    convert.add_argument("--backbone", help="of a prompt: its name and fingerprint are recorded")
+    for command in (inspect, convert):
+        command.add_argument(
+            "--vocabulary_file", help="a SentencePiece model or 'bytes', where the source has none"
+        )
+    convert.add_argument(
+        "--relative_max_distance", type=int, help="of a T5X checkpoint that differs from T5's 128"
+    )
     return top
 
 
@@ -172,20 +190,6 @@ def _user_data(args: argparse.Namespace) -> list[tuple[str, str]]:
     return bindings
 
 
-def _inspect(path: str) -> int:
-    import json
-
-    from softprompt import prompt
-    from softprompt.formats import native
-
-    if path == "embedded" or pathlib.Path(path).is_dir():
-        print(native.describe(path))
-        return 0
-    array, metadata = prompt.load(path)
-    print(json.dumps({"shape": list(array.shape), **metadata}, indent=2, sort_keys=True))
-    return 0
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; a user's mistake is one sentence on standard error and exit code 2."""
     _quiet()
@@ -207,7 +211,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             vocabulary.train(args.inputs, args.output, args.size, args.sentences)
             print(f"{args.size} pieces in {args.output}")
             return 0
-        return _inspect(args.path)
+        from softprompt import convert
+
+        options = {k: v for k, v in vars(args).items() if k != "command"}
+        if args.command == "convert":
+            convert.convert(**options)
+        else:
+            print("\n".join(convert.inspect(**options)))
+        return 0
     except ValueError as error:
         print(f"softprompt: {error}", file=sys.stderr, flush=True)
         return 2

@@ -65,13 +65,10 @@ def load(
     mesh = mesh or partition.make_mesh()
     cfg = dataclasses.replace(stored.cfg, dropout_rate=dropout_rate, dtype=jnp.dtype(dtype))
     variables = abstract(cfg)
-    expected = tree.flatten(variables["params"])
-    tree.check_same_paths(stored.shapes, {k: x.shape for k, x in expected.items()}, stored.where)
-    if stored.vocabulary is not None:
-        check_vocabulary(stored.vocabulary, cfg)
+    check(stored)
     places = partition.shardings(variables, mesh)
     fingerprint, params = tree.Fingerprint(), {}
-    for name in sorted(expected):
+    for name in sorted(stored.shapes):
         x = stored.read(name)
         fingerprint.add(name, x)
         params[name] = jax.device_put(np.asarray(x).astype(cfg.dtype), places[name])
@@ -85,6 +82,14 @@ def load(
     return Backbone(
         stored.name, cfg, params, stored.vocabulary, str(fingerprint), mesh, dict(stored.metadata)
     )
+
+
+def check(stored: formats.Stored) -> None:
+    """Raises unless the names, the shapes and the vocabulary fit the stated architecture."""
+    expected = tree.flatten(abstract(stored.cfg)["params"])
+    tree.check_same_paths(stored.shapes, {k: x.shape for k, x in expected.items()}, stored.where)
+    if stored.vocabulary is not None:
+        check_vocabulary(stored.vocabulary, stored.cfg)
 
 
 def random(

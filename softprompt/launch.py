@@ -30,7 +30,7 @@ from softprompt import (
 )
 from softprompt import train as training
 from softprompt.backbone import Backbone
-from softprompt.formats import native
+from softprompt.formats import Stored, native
 from softprompt.logbook import duration, say, size
 from softprompt.vocabulary import AnyVocabulary, open_vocabulary
 
@@ -303,15 +303,10 @@ def train(
         merged = {**backbone.params, **result.best}
         merged.pop(training.PROMPT, None)
         out = folder / "backbone"
-        print_name = native.save(
-            out,
-            backbone_name or backbone.name,
-            backbone.cfg,
-            merged,
-            vocabulary.path,
-            backbone_dtype,
-            {"task": mixture_or_task_name, "step": result.best_step, "metrics": result.metrics},
-        )
+        about = {"task": mixture_or_task_name, "step": result.best_step, "metrics": result.metrics}
+        name = backbone_name or backbone.name
+        tuned = Stored.of(name, backbone.cfg, merged, vocabulary, about)
+        print_name = native.save(out, tuned, backbone_dtype)
         say(f"tuned backbone of step {result.best_step}: {out} (fingerprint {print_name})")
     return result
 

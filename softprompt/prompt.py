@@ -6,14 +6,13 @@ backbone's embedding `[V, H]` and vocabulary. Each one has a gin file in `gin/pr
 
 import dataclasses
 import os
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from softprompt import checkpoint
+from softprompt.formats import prompts
 from softprompt.vocabulary import Vocabulary
 
 # Lester et al. 2021, section 3.2: sampled from "the 5,000 most common tokens", which are the first
@@ -98,7 +97,7 @@ def text(
 
 
 def file(key: jax.Array, length: int, source: Source, path: str | os.PathLike) -> np.ndarray:
-    """The prompt in a file, `.safetensors` of ours or `.npy` `[P, H]`; P must be `length`."""
+    """The prompt in a file, in any format that `formats.prompts` reads; P must be `length`."""
     del key
     prompt, _ = load(path)
     expected = (length, source.embedding.shape[1])
@@ -121,38 +120,8 @@ def _encode(text: str, source: Source) -> list[int]:
 
 # --- files --------------------------------------------------------------------------------------
 
-
-def save(path: str | os.PathLike, prompt: np.ndarray, metadata: Mapping[str, Any]) -> None:
-    """Writes a prompt `[P, H]` with its metadata to `path` (`.safetensors`)."""
-    checkpoint.write(path, {"prompt": np.asarray(prompt, np.float32)}, metadata)
-
-
-def load(path: str | os.PathLike) -> tuple[np.ndarray, dict[str, Any]]:
-    """A prompt `[P, H]` float32 and its metadata (empty for `.npy`).
-
-    Raises:
-      ValueError: not there, or no prompt.
-      checkpoint.CorruptFile: torn or altered.
-    """
-    path = pathlib.Path(path)
-    if path.suffix == ".npy":
-        try:
-            array, metadata = np.load(path, allow_pickle=False), {}
-        except FileNotFoundError:
-            raise ValueError(f"no such file: {str(path)!r}") from None
-        except (ValueError, EOFError, OSError) as error:
-            raise checkpoint.CorruptFile(f"{str(path)!r} is no NumPy array: {error}") from None
-    else:
-        arrays, metadata = checkpoint.read(path)
-        if set(arrays) != {"prompt"}:
-            raise ValueError(f"{str(path)!r} is no prompt: it holds {', '.join(sorted(arrays))}")
-        array = arrays["prompt"]
-    if array.ndim != 2 or not np.issubdtype(array.dtype, np.floating):
-        raise ValueError(
-            f"{str(path)!r} is no prompt: it holds {array.dtype} of shape {array.shape}, "
-            f"expected floats [P, H]"
-        )
-    return np.asarray(array, np.float32), metadata
+load = prompts.read
+save = prompts.write
 
 
 def check_backbone(

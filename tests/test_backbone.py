@@ -8,14 +8,13 @@ import pytest
 
 from softprompt import backbone as backbones
 from softprompt import checkpoint, tree
-from softprompt.formats import native
+from softprompt.formats import Stored, native
 from softprompt.vocabulary import Vocabulary
 
 
 def saved(tiny, folder, dtype="float32"):
-    fingerprint = native.save(
-        folder, "tiny", tiny.cfg, tiny.params, tiny.vocabulary.path, dtype, {"why": "a test"}
-    )
+    stored = Stored.of("tiny", tiny.cfg, tiny.params, tiny.vocabulary, {"why": "a test"})
+    fingerprint = native.save(folder, stored, dtype)
     return backbones.load(folder), fingerprint
 
 
@@ -37,7 +36,7 @@ def test_smaller_storage_rounds_and_is_fingerprinted_as_rounded(tiny, tmp_path, 
         largest = np.abs(x) if dtype == "bfloat16" else np.abs(x).max()
         assert (np.abs(x - loaded.params[path]) <= error * largest + 1e-7).all(), path
     # The same values under another roof keep the fingerprint.
-    again = native.save(tmp_path / "again", "tiny", tiny.cfg, loaded.params, None, "float32")
+    again = native.save(tmp_path / "again", Stored.of("tiny", tiny.cfg, loaded.params))
     assert again == fingerprint
 
 
@@ -49,7 +48,7 @@ def test_the_embedded_backbone_fits_in_the_package(embedded):
 
 
 def test_a_wrong_path_says_what_lies_there(tmp_path):
-    with pytest.raises(ValueError, match="INITIAL_CHECKPOINT_PATH '.*nowhere' does not exist"):
+    with pytest.raises(ValueError, match="the backbone '.*nowhere' does not exist"):
         backbones.load(tmp_path / "nowhere")
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(ValueError, match=r"holds no backbone \(it holds: notes.txt\)"):
@@ -60,7 +59,7 @@ def test_missing_leftover_and_misshapen_parameters_are_listed(tiny, tmp_path):
     params = {k: np.asarray(x) for k, x in tiny.params.items()}
     params["decoder/extra"] = params.pop("encoder/encoder_norm/scale")
     params["decoder/decoder_norm/scale"] = np.ones(3, np.float32)
-    native.save(tmp_path, "tiny", tiny.cfg, params, None)
+    native.save(tmp_path, Stored.of("tiny", tiny.cfg, params))
     with pytest.raises(ValueError) as error:
         backbones.load(tmp_path)
     for part in (

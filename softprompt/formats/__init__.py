@@ -37,7 +37,7 @@ def open_stored(
     if not folder.exists():
         if hf.is_hub_name(str(path)):
             return hf.open_stored(hf.download(str(path)), vocabulary_file, name=str(path))
-        raise ValueError(f"INITIAL_CHECKPOINT_PATH {str(path)!r} does not exist; expected {READ}")
+        raise ValueError(f"the backbone {str(path)!r} does not exist; expected {READ}")
     if native.holds(folder):
         return native.open_stored(folder)
     if hf.holds(folder):
@@ -46,7 +46,7 @@ def open_stored(
         return t5x.open_stored(str(folder), vocabulary_file, relative_max_distance)
     holds = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) if folder.is_dir() else ""
     raise ValueError(
-        f"INITIAL_CHECKPOINT_PATH {str(path)!r} holds no backbone"
+        f"{str(path)!r} holds no backbone"
         + (f" (it holds: {holds})" if holds else "")
         + f"; expected {READ}"
     )

@@ -8,11 +8,8 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Mapping
 from typing import Any
 
-import jax
-import ml_dtypes
 import numpy as np
 import safetensors
 from safetensors import numpy as safetensors_numpy
@@ -108,7 +105,7 @@ def download(name: str) -> pathlib.Path:
         import huggingface_hub
     except ImportError:
         raise ValueError(
-            f"INITIAL_CHECKPOINT_PATH {name!r} does not exist; for it to name a model of the "
+            f"the backbone {name!r} does not exist; for it to name a model of the "
             f"Hugging Face hub, install huggingface_hub (pip install softprompt[hf])"
         ) from None
     wanted = ["config.json", "*.safetensors", INDEX_FILE, "spiece.model", "tokenizer_config.json"]
@@ -117,7 +114,7 @@ def download(name: str) -> pathlib.Path:
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"INITIAL_CHECKPOINT_PATH {name!r} does not exist, and the Hugging Face hub did not "
+            f"the backbone {name!r} does not exist, and the Hugging Face hub did not "
             f"give a model of that name: {reason}"
         ) from None
 
@@ -292,26 +289,46 @@ def _vocabulary(folder: pathlib.Path, given: str | os.PathLike | None) -> AnyVoc
 # --- writing ------------------------------------------------------------------------------------
 
 
-def save(
-    folder: str | os.PathLike,
-    name: str,
-    cfg: T5Config,
-    params: Mapping[str, Any],
-    vocabulary_file: str | os.PathLike | None,
-    dtype: str = "float32",
-) -> None:
-    """Writes a folder for transformers' `T5ForConditionalGeneration.from_pretrained`."""
-    folder = pathlib.Path(folder)
+def save(folder: str | os.PathLike, source: Stored, dtype: str | None = None) -> None:
+    """Writes a folder for transformers' `T5ForConditionalGeneration.from_pretrained`.
+
+    Weights as they are, or as 'float32' or 'bfloat16'; files of at most `SHARD_BYTES`.
+    """
+    folder, cfg = pathlib.Path(folder), source.cfg
     kinds = {activations: kind for kind, activations in ACTIVATIONS.items()}
     if cfg.mlp_activations not in kinds:
         raise ValueError(f"transformers has no T5 with the activations {cfg.mlp_activations}")
-    types = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
-    if dtype not in types:
-        raise ValueError(f"cannot store weights as {dtype!r}; choose {', '.join(types)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    files, shard, size, total, types = [], {}, 0, 0, set()
+
+    def flush() -> None:
+        files.append(list(shard))
+        path = folder / f"{len(files)}.{MODEL_FILE}"
+        safetensors_numpy.save_file(shard, path, metadata={"format": "pt"})
+        shard.clear()
+
+    for ours, (theirs, transposed) in table(cfg).items():
+        x = source.read_as(ours, dtype)
+        types.add(str(x.dtype))
+        if shard and size + x.nbytes > SHARD_BYTES:
+            flush()
+            size = 0
+        shard[theirs] = np.ascontiguousarray(x.T if transposed else x)
+        size += x.nbytes
+        total += x.nbytes
+    flush()
+    names = [MODEL_FILE]
+    if len(files) > 1:
+        names = [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+        index = {name: file for file, inside in zip(names, files, strict=True) for name in inside}
+        content = {"metadata": {"total_size": total}, "weight_map": index}
+        checkpoint.write_atomically(folder / INDEX_FILE, json.dumps(content, indent=2).encode())
+    for i, name in enumerate(names, 1):
+        os.replace(folder / f"{i}.{MODEL_FILE}", folder / name)
     config = {
         "architectures": ["T5ForConditionalGeneration"],
         "model_type": "t5",
-        "_name_or_path": name,
+        "_name_or_path": source.name,
         "vocab_size": cfg.vocab_size,
         "d_model": cfg.emb_dim,
         "d_kv": cfg.head_dim,
@@ -329,42 +346,15 @@ def save(
         "pad_token_id": 0,
         "eos_token_id": 1,
         "decoder_start_token_id": 0,
-        "torch_dtype": dtype,
+        "torch_dtype": types.pop() if len(types) == 1 else "float32",
     }
-    tensors, shards, size = {}, [{}], 0
-    for ours, (theirs, transposed) in table(cfg).items():
-        x = np.asarray(jax.device_get(params[ours]), types[dtype])
-        tensors[theirs] = np.ascontiguousarray(x.T if transposed else x)
-    for theirs, x in tensors.items():
-        if size + x.nbytes > SHARD_BYTES and shards[-1]:
-            shards.append({})
-            size = 0
-        shards[-1][theirs] = x
-        size += x.nbytes
-    _write_shards(folder, shards)
-    if str(vocabulary_file) == ByteVocabulary.BYTES:
+    if isinstance(source.vocabulary, ByteVocabulary):
         tokenizer = {"tokenizer_class": "ByT5Tokenizer", "extra_ids": ByteVocabulary.extra_ids}
     else:
         tokenizer = {"tokenizer_class": "T5Tokenizer", "extra_ids": 100, "legacy": True}
-        if vocabulary_file is not None:
-            content = pathlib.Path(vocabulary_file).read_bytes()
+        if source.vocabulary is not None:
+            content = pathlib.Path(source.vocabulary.path).read_bytes()
             checkpoint.write_atomically(folder / VOCABULARY_FILE, content)
-            tokenizer["extra_ids"] = open_vocabulary(vocabulary_file).extra_ids
+            tokenizer["extra_ids"] = source.vocabulary.extra_ids
     for file, content in (("config.json", config), ("tokenizer_config.json", tokenizer)):
         checkpoint.write_atomically(folder / file, json.dumps(content, indent=2).encode())
-
-
-def _write_shards(folder: pathlib.Path, shards: list[dict[str, np.ndarray]]) -> None:
-    metadata = {"format": "pt"}
-    if len(shards) == 1:
-        content = safetensors_numpy.save(shards[0], metadata=metadata)
-        checkpoint.write_atomically(folder / MODEL_FILE, content)
-        return
-    index = {}
-    for i, shard in enumerate(shards, 1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        checkpoint.write_atomically(folder / file, safetensors_numpy.save(shard, metadata=metadata))
-        index |= {name: file for name in shard}
-    total = sum(x.nbytes for shard in shards for x in shard.values())
-    content = {"metadata": {"total_size": total}, "weight_map": index}
-    checkpoint.write_atomically(folder / INDEX_FILE, json.dumps(content, indent=2).encode())

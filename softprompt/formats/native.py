@@ -4,14 +4,11 @@ Architecture, name, fingerprint and provenance are in the file's metadata. Weigh
 float32, bfloat16, or int8 with one float32 scale per channel.
 """
 
-import json
 import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import ml_dtypes
 import numpy as np
 import safetensors
 
@@ -66,40 +63,31 @@ def _vocabulary(folder: pathlib.Path, metadata: Mapping[str, Any]) -> AnyVocabul
     return Vocabulary(path) if path.is_file() else None
 
 
-def save(
-    folder: str | os.PathLike,
-    name: str,
-    cfg: T5Config,
-    params: Mapping[str, Any],
-    vocabulary_file: str | os.PathLike | None,
-    dtype: str = "float32",
-    provenance: Mapping[str, Any] | None = None,
-) -> str:
-    """Writes a backbone folder, weights stored as 'float32', 'bfloat16' or 'int8'.
+def save(folder: str | os.PathLike, source: Stored, dtype: str | None = None) -> str:
+    """Writes a backbone folder, weights as they are or as 'float32', 'bfloat16' or 'int8'.
 
-    Returns its fingerprint, which is that of the values a reader gets (rounded, if stored so).
+    `source.metadata` becomes the file's provenance. Returns the fingerprint, which is that of the
+    values a reader gets (rounded, if stored so).
     """
-    types = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "int8": np.float32}
-    if dtype not in types:
-        raise ValueError(f"cannot store weights as {dtype!r}; choose float32, bfloat16 or int8")
-    stored = {path: np.asarray(jax.device_get(x), types[dtype]) for path, x in params.items()}
     if dtype == "int8":
-        stored = quantize(stored)
-    fingerprint = tree.fingerprint(dequantize(stored))
-    bytes_ = str(vocabulary_file) == ByteVocabulary.BYTES
+        values = quantize({path: source.read_as(path, "float32") for path in source.shapes})
+    else:
+        values = {path: source.read_as(path, dtype) for path in source.shapes}
+    fingerprint = tree.fingerprint(dequantize(values))
+    bytes_ = isinstance(source.vocabulary, ByteVocabulary)
     metadata = {
-        "name": name,
-        "architecture": cfg.to_json(),
+        "name": source.name,
+        "architecture": source.cfg.to_json(),
         "fingerprint": fingerprint,
-        "stored_as": dtype,
+        "stored_as": dtype or str(values["token_embedder/embedding"].dtype),
         "vocabulary": ByteVocabulary.BYTES if bytes_ else VOCABULARY_FILE,
-        "provenance": provenance or {},
+        "provenance": dict(source.metadata),
     }
     folder = pathlib.Path(folder)
     vocabulary = None
-    if vocabulary_file is not None and not bytes_:
-        vocabulary = pathlib.Path(vocabulary_file).read_bytes()
-    checkpoint.write(folder / MODEL_FILE, stored, metadata)
+    if source.vocabulary is not None and not bytes_:
+        vocabulary = pathlib.Path(source.vocabulary.path).read_bytes()
+    checkpoint.write(folder / MODEL_FILE, values, metadata)
     if vocabulary is not None:
         checkpoint.write_atomically(folder / VOCABULARY_FILE, vocabulary)
     return fingerprint
@@ -126,9 +114,3 @@ def dequantize(stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         for path, x in stored.items()
         if not path.endswith(SCALE)
     }
-
-
-def describe(folder: str | os.PathLike) -> str:
-    """What a backbone folder says of itself, as indented JSON."""
-    folder = EMBEDDED if str(folder) == "embedded" else pathlib.Path(folder)
-    return json.dumps(checkpoint.Arrays(folder / MODEL_FILE).metadata, indent=2, sort_keys=True)

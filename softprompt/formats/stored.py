@@ -1,18 +1,20 @@
-"""What every format gives: a backbone that is open, but not yet read."""
+"""What every format gives and takes: a backbone whose tensors are read one at a time."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import ml_dtypes
 import numpy as np
 
 from softprompt.t5 import T5Config
-from softprompt.vocabulary import Vocabulary
+from softprompt.vocabulary import AnyVocabulary
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """A backbone on disk.
+    """A backbone on disk, or about to be written.
 
     Attributes:
       where: its path, for messages.
@@ -30,6 +32,39 @@ class Stored:
     cfg: T5Config
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str], np.ndarray]
-    vocabulary: Vocabulary | None
+    vocabulary: AnyVocabulary | None
     fingerprint: str | None = None
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        cfg: T5Config,
+        params: Mapping[str, Any],
+        vocabulary: AnyVocabulary | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> "Stored":
+        """Parameters in memory, to be written."""
+        shapes = {path: tuple(x.shape) for path, x in params.items()}
+        return cls(
+            name, name, cfg, shapes, lambda path: jax.device_get(params[path]), vocabulary,
+            metadata=metadata or {},
+        )  # fmt: skip
+
+    def read_as(self, path: str, dtype: str | None) -> np.ndarray:
+        """A parameter in the type that a writer was asked for (None: as it is stored)."""
+        x = np.asarray(self.read(path))
+        return x if dtype is None else x.astype(storage_type(dtype))
+
+
+def storage_type(dtype: str) -> Any:
+    """NumPy's type of 'float32' or 'bfloat16'.
+
+    Raises:
+      ValueError: any other name.
+    """
+    types = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+    if dtype not in types:
+        raise ValueError(f"cannot store weights as {dtype!r}; choose {', '.join(types)}")
+    return types[dtype]

@@ -13,7 +13,6 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import ml_dtypes
 import numpy as np
 from flax import serialization, traverse_util
@@ -201,18 +200,18 @@ def _architecture(where: str, shapes: Mapping[str, tuple[int, ...]], max_distanc
     )
 
 
-def save(folder: str | os.PathLike, params: Mapping[str, Any], dtype: str = "float32") -> None:
-    """Writes a checkpoint that T5X restores: format version 3, zarr compressed by gzip."""
+def save(folder: str | os.PathLike, source: Stored, dtype: str | None = None) -> None:
+    """Writes a checkpoint that T5X restores: format version 3, zarr compressed by gzip.
+
+    Weights as they are, or as 'float32' or 'bfloat16'.
+    """
     import tensorstore as ts
 
-    types = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
-    if dtype not in types:
-        raise ValueError(f"cannot store weights as {dtype!r}; choose {', '.join(types)}")
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     target = {}
-    for path, x in params.items():
-        value = np.asarray(jax.device_get(x), types[dtype])
+    for path in source.shapes:
+        value = source.read_as(path, dtype)
         if value.nbytes <= INLINE_BYTES:
             target[path] = value
             continue
@@ -224,7 +223,7 @@ def save(folder: str | os.PathLike, params: Mapping[str, Any], dtype: str = "flo
                 "shape": list(value.shape),
                 "chunks": [min(n, 4096) for n in value.shape],
                 "compressor": {"id": "gzip", "level": 1},
-                "dtype": "bfloat16" if dtype == "bfloat16" else "<f4",
+                "dtype": "bfloat16" if value.dtype == ml_dtypes.bfloat16 else value.dtype.str,
             },
         }
         place = {"driver": "file", "path": f"{folder.resolve() / name}/"}

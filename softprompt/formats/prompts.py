@@ -1,0 +1,174 @@
+"""Prompt files: ours, NumPy arrays, T5X checkpoints that carry a prompt, PEFT's adapter folders.
+
+Every one becomes `[P, H]` float32 and a dictionary that says what is known of it.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import safetensors
+from safetensors import numpy as safetensors_numpy
+
+from softprompt import checkpoint
+from softprompt.formats import t5x
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_MODEL = "adapter_model.safetensors"
+PEFT_NAME = "prompt_embeddings"
+
+Prompt = tuple[np.ndarray, dict[str, Any]]
+
+
+def read(path: str | os.PathLike) -> Prompt:
+    """A prompt `[P, H]` float32 and what its file says of it.
+
+    Args:
+      path: `.safetensors` (ours), `.npy` (`[P, H]`, as google-research/prompt-tuning writes), a
+        T5X checkpoint that holds a prompt (folder or `gs://` URL), or a PEFT adapter folder.
+
+    Raises:
+      ValueError: not there, or no prompt.
+      checkpoint.CorruptFile: torn or altered.
+    """
+    where = pathlib.Path(path)
+    if "://" in str(path):
+        array, metadata = _of_t5x(str(path))
+    elif where.suffix == ".npy":
+        array, metadata = _of_numpy(where)
+    elif (where / ADAPTER_CONFIG).is_file():
+        array, metadata = _of_peft(where)
+    elif where.is_dir() and t5x.holds(where):
+        array, metadata = _of_t5x(str(where))
+    elif where.is_dir():
+        raise ValueError(
+            f"{str(path)!r} holds no prompt: expected a .safetensors or .npy file, a T5X "
+            f"checkpoint or a PEFT adapter folder"
+        )
+    else:
+        array, metadata = _of_ours(where)
+    if array.ndim != 2 or array.dtype.kind not in "fV" or not len(array):
+        raise ValueError(
+            f"{str(path)!r} is no prompt: it holds {array.dtype} of shape {array.shape}, "
+            f"expected floats [P, H]"
+        )
+    array = np.asarray(array).astype(np.float32)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{str(path)!r} holds numbers that are not finite")
+    return array, metadata
+
+
+def _of_ours(path: pathlib.Path) -> Prompt:
+    arrays, metadata = checkpoint.read(path)
+    if set(arrays) != {"prompt"}:
+        raise ValueError(f"{str(path)!r} is no prompt: it holds {', '.join(sorted(arrays))}")
+    return arrays["prompt"], metadata
+
+
+def _of_numpy(path: pathlib.Path) -> Prompt:
+    try:
+        return np.load(path, allow_pickle=False), {}
+    except FileNotFoundError:
+        raise ValueError(f"no such file: {str(path)!r}") from None
+    except (ValueError, EOFError, OSError) as error:
+        raise checkpoint.CorruptFile(f"{str(path)!r} is no NumPy array: {error}") from None
+
+
+def _of_t5x(where: str) -> Prompt:
+    arrays = t5x.Arrays(where)
+    for name in t5x.PROMPTS:
+        if name in arrays.shapes:
+            return arrays.read(name), {"source": where, "parameter": name}
+    raise ValueError(
+        f"{where!r} is a T5X checkpoint without a prompt: it has no {' or '.join(t5x.PROMPTS)}"
+    )
+
+
+def _of_peft(folder: pathlib.Path) -> Prompt:
+    """PEFT's prompt tuning of a T5.
+
+    With its default of two transformer submodules the file holds 2 P rows: PEFT puts the first P
+    before the encoder's input and never uses the others.
+    """
+    try:
+        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise checkpoint.CorruptFile(
+            f"{str(folder / ADAPTER_CONFIG)!r} is no JSON: {error}"
+        ) from None
+    if config.get("peft_type") != "PROMPT_TUNING":
+        raise ValueError(
+            f"{str(folder)!r} is a PEFT adapter of type {config.get('peft_type')!r}, expected "
+            f"'PROMPT_TUNING'"
+        )
+    path = folder / ADAPTER_MODEL
+    if not path.is_file() and (folder / "adapter_model.bin").is_file():
+        raise ValueError(
+            f"{str(folder)!r} holds its weights only pickled (adapter_model.bin), and unpickling "
+            f"runs whatever code the file carries; load it with peft, then write it with "
+            f"save_pretrained(…, safe_serialization=True)"
+        )
+    try:
+        arrays = safetensors_numpy.load_file(path)
+    except FileNotFoundError:
+        raise ValueError(f"{str(folder)!r} holds no {ADAPTER_MODEL}") from None
+    except (safetensors.SafetensorError, OSError) as error:
+        raise checkpoint.CorruptFile(
+            f"{str(path)!r} is torn or is no safetensors file: {error}"
+        ) from None
+    if set(arrays) != {PEFT_NAME}:
+        raise ValueError(
+            f"{str(path)!r} holds {', '.join(sorted(arrays)) or 'nothing'}, expected {PEFT_NAME}"
+        )
+    array = arrays[PEFT_NAME]
+    length, modules = config.get("num_virtual_tokens"), config.get("num_transformer_submodules")
+    expected = ((length or 0) * (modules or 1), config.get("token_dim"))
+    if array.shape != expected:
+        raise ValueError(
+            f"{str(path)!r} has shape {array.shape}, its {ADAPTER_CONFIG} says {expected} "
+            f"(num_virtual_tokens × num_transformer_submodules, token_dim)"
+        )
+    metadata = {"source": str(folder), "backbone": config.get("base_model_name_or_path")}
+    if len(array) > length:
+        metadata["note"] = (
+            f"PEFT stored {len(array)} rows for {length} virtual tokens "
+            f"(num_transformer_submodules={modules}); it only ever uses the first {length}, which "
+            f"are these"
+        )
+    return array[:length], metadata
+
+
+def write(path: str | os.PathLike, array: np.ndarray, metadata: Mapping[str, Any]) -> None:
+    """Writes a prompt `[P, H]` with its metadata as ours (`.safetensors`)."""
+    checkpoint.write(path, {"prompt": np.asarray(array, np.float32)}, metadata)
+
+
+def write_numpy(path: str | os.PathLike, array: np.ndarray, metadata: Mapping[str, Any]) -> None:
+    """Writes `[P, H]` float32 as `.npy`; the metadata is lost."""
+    del metadata
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        np.save(file, np.asarray(array, np.float32))
+
+
+def write_peft(path: str | os.PathLike, array: np.ndarray, metadata: Mapping[str, Any]) -> None:
+    """Writes a folder for `PeftModel.from_pretrained(t5, path)`, without unused rows."""
+    folder = pathlib.Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "peft_type": "PROMPT_TUNING",
+        "task_type": "SEQ_2_SEQ_LM",
+        "base_model_name_or_path": metadata.get("backbone") or "",
+        "num_virtual_tokens": array.shape[0],
+        "token_dim": array.shape[1],
+        "num_transformer_submodules": 1,
+        "prompt_tuning_init": "RANDOM",
+        "inference_mode": True,
+    }
+    tensors = {PEFT_NAME: np.asarray(array, np.float32)}
+    safetensors_numpy.save_file(tensors, folder / ADAPTER_MODEL, metadata={"format": "pt"})
+    checkpoint.write_atomically(folder / ADAPTER_CONFIG, json.dumps(config, indent=2).encode())
