@@ -48,7 +48,7 @@ def test_the_embedded_backbone_fits_in_the_package(embedded):
 
 
 def test_a_wrong_path_says_what_lies_there(tmp_path):
-    with pytest.raises(ValueError, match="the backbone '.*nowhere' does not exist"):
+    with pytest.raises(ValueError, match="the backbone '.*nowhere' .* does not exist"):
         backbones.load(tmp_path / "nowhere")
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(ValueError, match=r"holds no backbone \(it holds: notes.txt\)"):

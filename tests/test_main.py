@@ -89,7 +89,7 @@ def test_a_data_set_of_ones_own_goes_through_flags_alone(tmp_path, rows, capsys)
         (["--gin.MIXTURE_OR_TASK_NAME=glue_sst"], "did you mean glue_sst2"),
         (
             ["--gin.MIXTURE_OR_TASK_NAME=embedded_sentiment", "--gin.INITIAL_CHECKPOINT_PATH=/no"],
-            "INITIAL_CHECKPOINT_PATH '/no' does not exist",
+            "the backbone '/no' (INITIAL_CHECKPOINT_PATH) does not exist",
         ),
         (["--train_file=/no/rows.jsonl"], "no such file: '/no/rows.jsonl'"),
         (

@@ -37,7 +37,9 @@ def open_stored(
     if not folder.exists():
         if hf.is_hub_name(str(path)):
             return hf.open_stored(hf.download(str(path)), vocabulary_file, name=str(path))
-        raise ValueError(f"the backbone {str(path)!r} does not exist; expected {READ}")
+        raise ValueError(
+            f"the backbone {str(path)!r} (INITIAL_CHECKPOINT_PATH) does not exist; expected {READ}"
+        )
     if native.holds(folder):
         return native.open_stored(folder)
     if hf.holds(folder):

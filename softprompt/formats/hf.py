@@ -26,6 +26,7 @@ from softprompt.vocabulary import (
 MODEL_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 VOCABULARY_FILE = "spiece.model"
+BYT5 = "ByT5Tokenizer"
 SHARD_BYTES = 5_000_000_000
 
 ATTENTION = {"query": "q", "key": "k", "value": "v", "out": "o"}
@@ -105,8 +106,8 @@ def download(name: str) -> pathlib.Path:
         import huggingface_hub
     except ImportError:
         raise ValueError(
-            f"the backbone {name!r} does not exist; for it to name a model of the "
-            f"Hugging Face hub, install huggingface_hub (pip install softprompt[hf])"
+            f"the backbone {name!r} (INITIAL_CHECKPOINT_PATH) does not exist; for it to name a "
+            f"model of the Hugging Face hub, install huggingface_hub (pip install softprompt[hf])"
         ) from None
     wanted = ["config.json", "*.safetensors", INDEX_FILE, "spiece.model", "tokenizer_config.json"]
     try:
@@ -114,8 +115,8 @@ def download(name: str) -> pathlib.Path:
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"the backbone {name!r} does not exist, and the Hugging Face hub did not "
-            f"give a model of that name: {reason}"
+            f"the backbone {name!r} (INITIAL_CHECKPOINT_PATH) does not exist, and the Hugging "
+            f"Face hub did not give a model of that name: {reason}"
         ) from None
 
 
@@ -279,9 +280,8 @@ def _vocabulary(folder: pathlib.Path, given: str | os.PathLike | None) -> AnyVoc
         return open_vocabulary(given)
     if (folder / VOCABULARY_FILE).is_file():
         return open_vocabulary(folder / VOCABULARY_FILE)
-    tokenizer = folder / "tokenizer_config.json"
-    if tokenizer.is_file():
-        if json.loads(tokenizer.read_text()).get("tokenizer_class") == "ByT5Tokenizer":
+    for file in (folder / "tokenizer_config.json", folder / "config.json"):
+        if file.is_file() and json.loads(file.read_text()).get("tokenizer_class") == BYT5:
             return ByteVocabulary()
     return None
 
@@ -349,7 +349,7 @@ def save(folder: str | os.PathLike, source: Stored, dtype: str | None = None) ->
         "torch_dtype": types.pop() if len(types) == 1 else "float32",
     }
     if isinstance(source.vocabulary, ByteVocabulary):
-        tokenizer = {"tokenizer_class": "ByT5Tokenizer", "extra_ids": ByteVocabulary.extra_ids}
+        tokenizer = {"tokenizer_class": BYT5, "extra_ids": ByteVocabulary.extra_ids}
     else:
         tokenizer = {"tokenizer_class": "T5Tokenizer", "extra_ids": 100, "legacy": True}
         if source.vocabulary is not None:
