@@ -191,7 +191,7 @@ def test_a_head_tied_without_scaling_becomes_one_of_its_own(tmp_path):
 def test_loading_takes_a_dtype_and_the_mesh(tmp_path):
     t5x.save(tmp_path, random_stored())
     loaded = backbones.load(tmp_path, "bfloat16")
-    assert {x.dtype for x in loaded.params.values()} == {jnp.bfloat16}
+    assert {x.dtype for x in loaded.params.values()} == {jnp.dtype("bfloat16")}
     assert loaded.fingerprint == backbones.load(tmp_path).fingerprint
 
 
@@ -355,7 +355,7 @@ def spoil_hf(folder, what):
     "what, message",
     [
         ("torn", r"model.safetensors' is torn"),
-        ("width", r"token_embedder/embedding \(96, 24\).*expected \(96, 32\)"),
+        ("width", r"decoder_norm/scale has shape \(24,\), expected \(32,\)"),
         ("layers", r"unexpected encoder.block.2.layer.0.SelfAttention.k.weight"),
         ("kind", r"model type 'bert', expected 't5' or 'mt5'"),
         ("missing", r"missing decoder.final_layer_norm.weight"),
@@ -382,12 +382,12 @@ def test_a_vocabulary_too_large_for_the_embedding_is_refused(tmp_path, vocabular
 
 def test_a_torn_t5x_checkpoint_is_named(tmp_path):
     t5x.save(tmp_path / "a", random_stored())
-    name = "target.encoder.layers_0.mlp.wi_0.kernel"
+    name = "target.token_embedder.embedding"
     for spoil, message in (
-        (lambda f: (f / name / "0.0").unlink(), rf"{name}' has 0 chunks, expected 1"),
+        (lambda f: (f / name / "0.0").unlink(), rf"{name}' has \d chunks, expected 2"),
         (lambda f: truncate(f / name / "0.0"), rf"{name}' is torn"),
         (lambda f: truncate(f / t5x.INDEX), r"checkpoint' is torn or no T5X index"),
-        (lambda f: shutil.rmtree(f / name), rf"{name}' has 0 chunks, expected 1"),
+        (lambda f: shutil.rmtree(f / name), rf"{name}' has \d chunks, expected 2"),
     ):
         shutil.rmtree(tmp_path / "b", ignore_errors=True)
         shutil.copytree(tmp_path / "a", tmp_path / "b")
