@@ -23,17 +23,19 @@ from softprompt.tasks import records
 SEEDS = (0, 1, 2)
 # Of the benchmark tasks, whose texts are long: two CPU cores take a minute or four for each.
 TASK_STEPS, TASK_BATCH_SIZE, TASK_LENGTHS = 200, 16, {"inputs": 192, "targets": 16}
-# Task -> flags that differ from runs/prompt_classify.gin.
+# Task -> its folder, and flags that differ from runs/prompt_classify.gin.
 TASKS = {
-    "super_glue_rte": [],
-    "super_glue_cb": [],
-    "super_glue_copa": [],
-    "super_glue_wic": [],
-    "super_glue_boolq": [],
+    "super_glue_rte": ("super_glue/rte", []),
+    "super_glue_cb": ("super_glue/cb", []),
+    "super_glue_copa": ("super_glue/copa", []),
+    "super_glue_wic": ("super_glue/wic", []),
+    "super_glue_boolq": ("super_glue/boolq", []),
     # WSC's answer is a text, not one of some labels (Lester et al. 2021, appendix A.2).
-    "super_glue_wsc": ["--gin.LOSS=tokens", "--gin.EVAL_MODE=generate"],
-    "glue_sst2": [],
-}
+    "super_glue_wsc": (
+        "super_glue/wsc.fixed", ["--gin.LOSS=tokens", "--gin.EVAL_MODE=generate"]
+    ),
+    "glue_sst2": ("glue/sst2", []),
+}  # fmt: skip
 
 
 def embedded() -> None:
@@ -66,15 +68,16 @@ def embedded() -> None:
 
 
 def majority_class(folder: pathlib.Path) -> float:
-    """Share of the commonest target among the validation examples, in per cent."""
-    [file] = (folder / "eval" / "predictions").glob("*.jsonl")
-    targets = [str(json.loads(line)["target"]) for line in file.read_text().splitlines()]
-    return 100 * max(collections.Counter(targets).values()) / len(targets)
+    """Share of the commonest label among the validation examples, in per cent."""
+    [file] = folder.glob("validation.jsonl*")
+    labels = [row["label"] for row in records.read(file)]
+    return 100 * max(collections.Counter(labels).values()) / len(labels)
 
 
 def tasks(data_dir: str, names: list[str]) -> None:
     """Trains and evaluates each task by `softprompt train`."""
     for name in names:
+        place, flags = TASKS[name]
         with tempfile.TemporaryDirectory() as folder:
             common = [f"--data_dir={data_dir}", f"--gin.MIXTURE_OR_TASK_NAME={name}"]
             common.append(f"--gin.TASK_FEATURE_LENGTHS={TASK_LENGTHS}")
@@ -83,18 +86,18 @@ def tasks(data_dir: str, names: list[str]) -> None:
             out = pathlib.Path(folder)
             bare = [*run, "eval", model, "--gin_file=runs/prompt_eval.gin", *common]
             bare += ["--gin.PROMPT_FILE=None", f"--gin.EVAL_OUTPUT_DIR={out / 'bare'}"]
-            bare += [flag for flag in TASKS[name] if "LOSS" not in flag] or ["--gin.EVAL_MODE=rank"]
+            bare += [flag for flag in flags if "LOSS" not in flag] or ["--gin.EVAL_MODE=rank"]
             subprocess.run(bare, check=True, stdout=subprocess.DEVNULL)
             tune = [*run, "train", model, "--gin_file=runs/prompt_classify.gin", *common]
-            if not TASKS[name]:
+            if not flags:
                 tune.append("--gin_file=prompts/from_class_labels.gin")
             tune += [f"--gin.MODEL_DIR={out}", f"--gin.TRAIN_STEPS={TASK_STEPS}"]
-            tune += [f"--gin.BATCH_SIZE={TASK_BATCH_SIZE}", *TASKS[name]]
+            tune += [f"--gin.BATCH_SIZE={TASK_BATCH_SIZE}", *flags]
             subprocess.run(tune, check=True, stdout=subprocess.DEVNULL)
             before = json.loads((out / "bare" / f"{name}.json").read_text())
             after = json.loads((out / "eval" / "metrics.jsonl").read_text().splitlines()[-1])
             after.pop("step")
-            majority = majority_class(out)
+            majority = majority_class(pathlib.Path(data_dir) / place)
         figures = [", ".join(f"{k} {v:.1f}" for k, v in x.items()) for x in (before, after)]
         print(f"| {name} | {majority:.1f} | {figures[0]} | {figures[1]} |", flush=True)
 

@@ -16,6 +16,7 @@ PAD_ID = 0
 EOS_ID = 1
 UNK_ID = 2
 EXTRA_IDS = 100
+EMBEDDED = pathlib.Path(__file__).parent / "embedded" / "backbone" / "spiece.model"
 
 
 class Vocabulary:
@@ -149,8 +150,10 @@ AnyVocabulary = Vocabulary | ByteVocabulary
 
 
 def open_vocabulary(path: str | os.PathLike) -> AnyVocabulary:
-    """The SentencePiece vocabulary in a file, or ByT5's for the word 'bytes'."""
-    return ByteVocabulary() if str(path) == ByteVocabulary.BYTES else Vocabulary(path)
+    """The vocabulary in a SentencePiece file; 'bytes' is ByT5's, 'embedded' the package's own."""
+    if str(path) == ByteVocabulary.BYTES:
+        return ByteVocabulary()
+    return Vocabulary(EMBEDDED if str(path) == "embedded" else path)
 
 
 def read_documents(path: str | os.PathLike) -> Iterator[str]:

@@ -10,8 +10,7 @@ import os
 
 import seqio
 
-from softprompt.formats import native
-from softprompt.vocabulary import ByteVocabulary, Vocabulary
+from softprompt.vocabulary import EMBEDDED, ByteVocabulary, Vocabulary
 
 _path: str | None = None
 
@@ -40,7 +39,7 @@ class BackboneVocabulary(seqio.Vocabulary):
 
     @property
     def target(self) -> seqio.Vocabulary:
-        return _load(_path or str(native.EMBEDDED / native.VOCABULARY_FILE))
+        return _load(_path or str(EMBEDDED))
 
     @property
     def bos_id(self):
