@@ -26,7 +26,7 @@ class Backbone:
       vocabulary: None where the source has none.
       fingerprint: of the stored values; a prompt remembers it.
       mesh: the devices it lies on.
-      metadata: provenance, as stored.
+      metadata: its provenance, as the source states it.
     """
 
     name: str

@@ -24,7 +24,7 @@ def test_float32_comes_back_bit_for_bit(tiny, tmp_path):
     for path, x in tiny.params.items():
         np.testing.assert_array_equal(x, loaded.params[path])
     assert loaded.cfg == tiny.cfg and loaded.vocabulary == tiny.vocabulary
-    assert loaded.metadata["provenance"] == {"why": "a test"}
+    assert loaded.metadata == {"why": "a test", "stored_as": "float32"}
 
 
 @pytest.mark.parametrize("dtype, error", [("bfloat16", 2**-8), ("int8", 0.5 / 127)])
@@ -44,7 +44,7 @@ def test_the_embedded_backbone_fits_in_the_package(embedded):
     size = sum(p.stat().st_size for p in native.EMBEDDED.iterdir())
     assert size <= 16_000_000
     assert embedded.vocabulary.size <= embedded.cfg.vocab_size
-    assert embedded.metadata["provenance"]
+    assert embedded.metadata["span_corruption"]
 
 
 def test_a_wrong_path_says_what_lies_there(tmp_path):

@@ -52,7 +52,7 @@ def open_stored(folder: str | os.PathLike) -> Stored:
         read=read,
         vocabulary=_vocabulary(folder, metadata),
         fingerprint=metadata["fingerprint"],
-        metadata=metadata,
+        metadata={"stored_as": metadata["stored_as"], **metadata["provenance"]},
     )
 
 
@@ -81,7 +81,7 @@ def save(folder: str | os.PathLike, source: Stored, dtype: str | None = None) ->
         "fingerprint": fingerprint,
         "stored_as": dtype or str(values["token_embedder/embedding"].dtype),
         "vocabulary": ByteVocabulary.BYTES if bytes_ else VOCABULARY_FILE,
-        "provenance": dict(source.metadata),
+        "provenance": {k: v for k, v in source.metadata.items() if k != "stored_as"},
     }
     folder = pathlib.Path(folder)
     vocabulary = None
