@@ -147,8 +147,8 @@ def test_the_launch_lines_train_resume_evaluate_and_infer(stored, tmp_path, embe
     infer = ["--gin_file=t5x/prompt_infer.gin", f"--gin.INFER_OUTPUT_DIR={str(out)!r}"]
     t5x("infer", tmp_path / "run" / "checkpoint_150", tmp_path, *infer)
     answers = []
-    for pattern in (out, tmp_path / "ours"):
-        [file] = [p for p in pattern.rglob("*.jsonl*") if p.is_file()]
+    for folder in (out, tmp_path / "ours" / "predictions"):
+        [file] = [p for p in folder.glob("*.jsonl*") if p.suffix != ".COMPLETED"]
         answers.append([json.loads(x)["prediction"] for x in file.read_text().splitlines()])
     assert answers[0] == answers[1]
     assert len(set(answers[0])) >= 10, "answers that differ, for otherwise the comparison is empty"
