@@ -81,9 +81,9 @@ class Arrays:
     def __init__(self, path: Path):
         self._path = str(path)
         try:
-            self._file = safetensors.safe_open(path, "numpy")
-            self.metadata = {k: json.loads(x) for k, x in (self._file.metadata() or {}).items()}
-            self.shapes = {k: tuple(self._file.get_slice(k).get_shape()) for k in self._file.keys()}
+            with safetensors.safe_open(path, "numpy") as file:
+                self.metadata = {k: json.loads(x) for k, x in (file.metadata() or {}).items()}
+                self.shapes = {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}
         except FileNotFoundError:
             raise ValueError(f"no such file: {self._path!r}") from None
         except (safetensors.SafetensorError, json.JSONDecodeError, OSError) as error:
@@ -102,7 +102,17 @@ class Arrays:
 
     def read(self, name: str) -> np.ndarray:
         """One array, its content not yet checked."""
-        return self._file.get_tensor(name)
+        return read_tensor(self._path, name)
+
+
+def read_tensor(path: Path, name: str) -> np.ndarray:
+    """One tensor of a safetensors file.
+
+    The file is opened anew each time: as long as it is open, whatever was read of it stays mapped
+    and counts as memory of the process.
+    """
+    with safetensors.safe_open(path, "numpy") as file:
+        return file.get_tensor(name)
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

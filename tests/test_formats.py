@@ -457,10 +457,10 @@ def test_convert_names_what_is_wrong(arguments, message, tmp_path, monkeypatch, 
 # --- memory -------------------------------------------------------------------------------------
 
 MEASURE = """
-import resource, sys
+import re, sys
 import jax
 from softprompt import backbone
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 jax.block_until_ready(jax.numpy.ones(3))
 before = peak()
 loaded = backbone.load(sys.argv[1], sys.argv[2])
@@ -469,6 +469,7 @@ print(before, peak(), sum(x.nbytes for x in loaded.params.values()))
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 @pytest.mark.parametrize("kind", convert.BACKBONES)
 def test_loading_holds_each_tensor_once(kind, tmp_path):
     """0.2 GB here; `benchmarks/loading.py` measures T5 1.1 large."""
@@ -481,4 +482,4 @@ def test_loading_holds_each_tensor_once(kind, tmp_path):
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     before, peak, size = map(int, run.stdout.split())
-    assert peak - before <= 1.2 * size + 200e6, (before, peak, size)
+    assert size < peak - before <= 1.2 * size + 200e6, (before, peak, size)

@@ -192,15 +192,14 @@ class _Weights:
                 f"{str(folder)!r} holds a config.json but no {MODEL_FILE}; where a hub model is "
                 f"only pickled, load it with transformers and write it with save_pretrained"
             )
-        opened = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._of: dict[str, Any] = {}
+        self._of: dict[str, pathlib.Path] = {}
         for path in sorted(set(files.values())) if files else [folder / MODEL_FILE]:
             try:
-                opened[path] = safetensors.safe_open(path, "numpy")
-                for name in opened[path].keys():
-                    self._of[name] = opened[path]
-                    self.shapes[name] = tuple(opened[path].get_slice(name).get_shape())
+                with safetensors.safe_open(path, "numpy") as file:
+                    for name in file.keys():
+                        self._of[name] = path
+                        self.shapes[name] = tuple(file.get_slice(name).get_shape())
             except FileNotFoundError:
                 raise ValueError(f"{str(folder)!r}: its index names {path.name!r}, which is "
                                  f"not there") from None  # fmt: skip
@@ -213,7 +212,7 @@ class _Weights:
             raise ValueError(f"{str(folder)!r}: shards lack {', '.join(absent[:8])}")
 
     def read(self, name: str) -> np.ndarray:
-        return self._of[name].get_tensor(name)
+        return checkpoint.read_tensor(self._of[name], name)
 
 
 def open_stored(
