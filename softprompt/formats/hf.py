@@ -153,7 +153,10 @@ def _architecture(folder: pathlib.Path) -> tuple[T5Config, bool, dict[str, Any]]
     missing = [k for k in ("vocab_size", "d_model", "num_heads", "num_layers") if k not in config]
     if missing:
         raise ValueError(f"{str(file)!r} lacks {', '.join(missing)}")
-    tied = config.get("tie_word_embeddings", True)
+    tied = config.get("tie_word_embeddings", kind == "t5")
+    # transformers 5 ties an mT5 without a word on scaling, and never scales it.
+    version = str(config.get("transformers_version", "4")).split(".")[0]
+    scaled = tied and not (kind == "mt5" and version.isdigit() and int(version) >= 5)
     cfg = T5Config(
         vocab_size=config["vocab_size"],
         emb_dim=config["d_model"],
@@ -166,7 +169,7 @@ def _architecture(folder: pathlib.Path) -> tuple[T5Config, bool, dict[str, Any]]
         relative_buckets=config.get("relative_attention_num_buckets", 32),
         relative_max_distance=config.get("relative_attention_max_distance", 128),
     )
-    return cfg, config.get("scale_decoder_outputs", tied), config
+    return cfg, config.get("scale_decoder_outputs", scaled), config
 
 
 class _Weights:

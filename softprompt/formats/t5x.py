@@ -113,30 +113,30 @@ class Arrays:
         entry = self._entries[path]
         if isinstance(entry, np.ndarray):
             return entry
-        store, name, metadata = entry["kvstore"], entry["name"], entry["metadata"]
-        prefix = f"{name}/"
-        shape, chunks = metadata["shape"], metadata["chunks"]
-        expected = math.prod(-(-n // c) for n, c in zip(shape, chunks, strict=True))
+        store, name = entry["kvstore"], entry["name"]
+        what, prefix = repr(f"{self.where}/{name}"), f"{name}/"
+        try:
+            spec = {"driver": "zarr", "kvstore": (store / prefix).spec().to_json()}
+            array = self._ts.open(spec, open=True).result()
+        except (ValueError, OSError) as error:
+            raise checkpoint.CorruptFile(f"{what} is missing or torn: {_line(error)}") from None
+        chunks = array.chunk_layout.read_chunk.shape
+        expected = math.prod(-(-n // c) for n, c in zip(array.shape, chunks, strict=True))
         # Tensorstore reads a chunk that is not there as zeros.
         keys = store.list(self._ts.KvStore.KeyRange(prefix, prefix[:-1] + "0")).result()
         there = sum(not key.split(b"/")[-1].startswith(b".") for key in keys)
         if there != expected:
             raise checkpoint.CorruptFile(
-                f"{self.where + '/' + name!r} has {there} chunks, expected {expected} "
-                f"(shape {shape} in chunks of {chunks})"
+                f"{what} has {there} chunks, expected {expected} (shape {list(array.shape)} in "
+                f"chunks of {list(chunks)})"
             )
         try:
-            spec = {"driver": "zarr", "kvstore": (store / prefix).spec().to_json()}
-            array = self._ts.open(spec, open=True).result()
             value = array.read().result()
         except (ValueError, OSError) as error:
-            raise checkpoint.CorruptFile(
-                f"{self.where + '/' + name!r} is torn: {_line(error)}"
-            ) from None
+            raise checkpoint.CorruptFile(f"{what} is torn: {_line(error)}") from None
         if value.shape != self.shapes[path]:
             raise checkpoint.CorruptFile(
-                f"{self.where + '/' + name!r} has shape {value.shape}, the index says "
-                f"{self.shapes[path]}"
+                f"{what} has shape {value.shape}, the index says {self.shapes[path]}"
             )
         return value
 
