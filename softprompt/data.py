@@ -6,6 +6,8 @@ and go on anywhere. TensorFlow and seqio are imported only by the functions that
 """
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -128,6 +130,39 @@ def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
+def drawn(
+    parts: Sequence[Examples], rates: Sequence[float], count: int, seed: int, start: int = 0
+) -> Iterator[list[tuple[Examples, int]]]:
+    """Endless groups of `count` (part, index of its example), from group `start` on.
+
+    Every member's part is drawn with probability proportional to `rates`, and each part is gone
+    through in a new order every epoch.
+    """
+    shares = np.asarray(rates, np.float64) / np.sum(rates)
+
+    def draw(step: int) -> np.ndarray:
+        if len(parts) == 1:
+            return np.zeros(count, np.int64)
+        return np.random.default_rng([seed, 1, step]).choice(len(parts), count, p=shares)
+
+    taken = np.zeros(len(parts), np.int64)
+    if len(parts) == 1:
+        taken[0] = start * count
+    else:
+        for step in range(start):
+            taken += np.bincount(draw(step), minlength=len(parts))
+    orders: dict[int, tuple[int, np.ndarray]] = {}
+    for step in itertools.count(start):
+        group = []
+        for k in draw(step):
+            epoch, position = divmod(int(taken[k]), len(parts[k]))
+            if orders.get(k, (None,))[0] != epoch:
+                orders[k] = (epoch, permutation(len(parts[k]), seed, epoch))
+            group.append((parts[k], int(orders[k][1][position])))
+            taken[k] += 1
+        yield group
+
+
 def train_batches(
     parts: Sequence[Examples],
     rates: Sequence[float],
@@ -135,52 +170,139 @@ def train_batches(
     seed: int,
     slots: np.ndarray,
 ) -> Callable[[int], Iterator[Batch]]:
-    """Endless shuffled batches of a mixture; call the result with the step to start from.
+    """Endless shuffled batches of a mixture, an example in each row; all of one shape.
 
-    Every row's part is drawn with probability proportional to `rates`, and each part is gone
-    through in a new order every epoch. All batches have one shape.
-
-    Args:
-      parts: examples of each task.
-      rates: relative sampling rate of each part.
-      slots: slot ids put before each input, `[P]`.
+    Call the result with the step to start from. `slots` `[P]` are put before each input; for
+    `parts`, `rates` and `seed` see `drawn`.
     """
     inputs_length = max(longest(part.inputs) for part in parts)
     targets_length = max(longest(part.targets) for part in parts)
-    shares = np.asarray(rates, np.float64) / np.sum(rates)
-
-    def draw(step: int) -> np.ndarray:
-        if len(parts) == 1:
-            return np.zeros(batch_size, np.int64)
-        return np.random.default_rng([seed, 1, step]).choice(len(parts), batch_size, p=shares)
 
     def generate(start: int) -> Iterator[Batch]:
-        taken = np.zeros(len(parts), np.int64)
-        if len(parts) == 1:
-            taken[0] = start * batch_size
-        else:
-            for step in range(start):
-                taken += np.bincount(draw(step), minlength=len(parts))
-        orders: dict[int, tuple[int, np.ndarray]] = {}
-        step = start
-        while True:
-            rows = []
-            for k in draw(step):
-                n = len(parts[k])
-                epoch, position = divmod(int(taken[k]), n)
-                if orders.get(k, (None,))[0] != epoch:
-                    orders[k] = (epoch, permutation(n, seed, epoch))
-                rows.append((parts[k], orders[k][1][position]))
-                taken[k] += 1
+        for rows in drawn(parts, rates, batch_size, seed, start):
+            inputs = [part.inputs[i] for part, i in rows]
+            targets = [part.targets[i] for part, i in rows]
             yield {
-                "encoder_ids": pad(
-                    [part.inputs[i] for part, i in rows], batch_size, inputs_length, slots
-                ),
-                "targets": pad([part.targets[i] for part, i in rows], batch_size, targets_length),
+                "encoder_ids": pad(inputs, batch_size, inputs_length, slots),
+                "targets": pad(targets, batch_size, targets_length),
             }
-            step += 1
 
     return generate
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """Shuffled batches whose rows hold several examples, each behind its own prompt.
+
+    Calling it with a step gives endless batches from that step on: `encoder_ids` and
+    `encoder_segments` `[R, T]`, `targets` and `decoder_segments` `[R, L]`. Segments number the
+    examples of a row from 1; 0 is padding. How many examples a batch holds varies by a few; every
+    example is still taken once an epoch, in an order close to that of `train_batches`.
+
+    Attributes:
+      parts, rates, seed, slots: see `train_batches`.
+      batch_size: examples per batch, on the average.
+      length: T, tokens of an encoder row, slots included.
+      rows_multiple: R is rounded up to it (the mesh's data axis).
+    """
+
+    parts: Sequence[Examples]
+    rates: Sequence[float]
+    batch_size: int
+    seed: int
+    slots: np.ndarray
+    length: int
+    rows_multiple: int = 1
+
+    def __post_init__(self):
+        need = len(self.slots) + max(len(ids) for part in self.parts for ids in part.inputs)
+        if self.length < need:
+            raise ValueError(
+                f"PACK_LENGTH is {self.length}, but the longest input with its prompt has {need} "
+                f"tokens"
+            )
+
+    def _mean(self, feature: str) -> float:
+        """Mean length of `inputs` or `targets` in the mixture."""
+        means = [np.mean([len(ids) for ids in getattr(part, feature)]) for part in self.parts]
+        return float(np.average(means, weights=self.rates))
+
+    @functools.cached_property
+    def shape(self) -> tuple[int, int, int]:
+        """R, T and L."""
+        each = len(self.slots) + self._mean("inputs")
+        rows = round_up(max(1, round(self.batch_size * each / (0.97 * self.length))),
+                        self.rows_multiple)  # fmt: skip
+        # Room for the targets of a full row, half as long again as they are on the average.
+        targets = round_up(int(1.5 * self.length / each * self._mean("targets")) + 1)
+        return rows, self.length, max(targets, max(longest(part.targets) for part in self.parts))
+
+    def rows(self) -> Iterator[list[list[tuple[Examples, int]]]]:
+        """The examples of every row, batch by batch, from the first batch on."""
+        count, length, targets_length = self.shape
+        stream = itertools.chain.from_iterable(
+            drawn(self.parts, self.rates, self.batch_size, self.seed)
+        )
+        # The examples that wait, oldest first: enough to find one for every gap.
+        waiting: list[tuple[Examples, int]] = []
+        while True:
+            batch = []
+            for _ in range(count):
+                waiting += itertools.islice(stream, 4 * self.batch_size - len(waiting))
+                row, free, room = [], length, targets_length
+                while True:
+                    # The oldest one opens the row, then the longest one that fits follows.
+                    fits = [
+                        (len(part.inputs[i]), -k)
+                        for k, (part, i) in enumerate(waiting[: None if row else 1])
+                        if len(self.slots) + len(part.inputs[i]) <= free
+                        and len(part.targets[i]) <= room
+                    ]
+                    if not fits:
+                        break
+                    part, i = waiting.pop(-max(fits)[1])
+                    free -= len(self.slots) + len(part.inputs[i])
+                    room -= len(part.targets[i])
+                    row.append((part, i))
+                batch.append(row)
+            yield batch
+
+    def __call__(self, start: int) -> Iterator[Batch]:
+        for batch in itertools.islice(self.rows(), start, None):
+            yield self.pack(batch)
+
+    def pack(self, batch: Sequence[Sequence[tuple[Examples, int]]]) -> Batch:
+        """Arrays of a batch, from the examples of every row."""
+        count, length, targets_length = self.shape
+        packed = {
+            name: np.zeros((count, width), np.int32)
+            for name, width in (
+                ("encoder_ids", length),
+                ("encoder_segments", length),
+                ("targets", targets_length),
+                ("decoder_segments", targets_length),
+            )
+        }
+        for r, row in enumerate(batch):
+            at = {"encoder": 0, "decoder": 0}
+            for number, (part, i) in enumerate(row, 1):
+                inputs = np.concatenate([self.slots, part.inputs[i]])
+                for side, name, ids in (
+                    ("encoder", "encoder_ids", inputs),
+                    ("decoder", "targets", part.targets[i]),
+                ):
+                    place = slice(at[side], at[side] + len(ids))
+                    packed[name][r, place] = ids
+                    packed[f"{side}_segments"][r, place] = number
+                    at[side] += len(ids)
+        return packed
+
+    def fill(self, batches: int = 20) -> tuple[float, float]:
+        """Share of encoder positions that are no padding, and examples per batch: means."""
+        sample = [self.pack(batch) for batch in itertools.islice(self.rows(), batches)]
+        share = np.mean([(batch["encoder_segments"] > 0).mean() for batch in sample])
+        examples = np.mean([batch["encoder_segments"].max(-1).sum() for batch in sample])
+        return float(share), float(examples)
 
 
 def eval_batches(

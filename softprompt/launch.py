@@ -131,6 +131,7 @@ def train(
     task_feature_lengths: Mapping[str, int],
     train_steps: int,
     batch_size: int = 32,
+    pack_length: int = 0,
     initial_checkpoint_path: str | None = None,
     architecture: str | None = None,
     vocabulary_file: str | None = None,
@@ -167,7 +168,8 @@ def train(
 
     `text_corpus` is the folder of text shards of the pre-training tasks. With `stream`, batches
     are read as they are needed (pre-training text) and the evaluation is the loss on the first
-    `eval_examples` of `eval_split`; else examples lie in memory and the task's own metrics are
+    `eval_examples` of `eval_split`; else examples lie in memory, packed into rows of `pack_length`
+    tokens if that is not 0 (see `data.Packing`), and the task's own metrics are
     evaluated. `loss` is that of the target 'tokens' or that of the right one among the task's
     'labels'. Writes to `model_dir` what the README lists.
     """
@@ -178,6 +180,7 @@ def train(
         TRAIN_STEPS=(train_steps, 1),
         BATCH_SIZE=(batch_size, 1),
         PROMPT_LENGTH=(prompt_length, 0),
+        PACK_LENGTH=(pack_length, 0),
         EVAL_BATCH_SIZE=(eval_batch_size, 1),
         EVAL_PERIOD=(eval_period, 0),
         PATIENCE=(patience, 0),
@@ -224,13 +227,25 @@ def train(
         for part in parts:
             if message := data.cut_message(part, task_feature_lengths):
                 say(message)
-        batches = data.train_batches(parts, [r for _, r in tasks], batch_size, seed, slots)
+        rates = [rate for _, rate in tasks]
+        if pack_length:
+            over = devices.shape["data"]
+            batches = data.Packing(parts, rates, batch_size, seed, slots, pack_length, over)
+            share, count = batches.fill()
+            say(
+                f"packing: {batches.shape[0]} rows of {pack_length}, {100 * share:.0f}% full, "
+                f"{count:.1f} examples a batch"
+            )
+        else:
+            batches = data.train_batches(parts, rates, batch_size, seed, slots)
         held_out = [
             evaluation.from_task(task, eval_split, task_feature_lengths, vocabulary)
             for task, _ in tasks
             if eval_split in task.splits
         ]
         evaluation.check_metric(best_metric, held_out)
+    if pack_length and loss != evaluation.TOKENS:
+        raise ValueError(f"PACK_LENGTH is for the LOSS {evaluation.TOKENS!r}, got {loss!r}")
     label_ids = evaluation.training_labels(loss, parts, class_labels, vocabulary)
     predictor = evaluation.Predictor(
         backbone,
@@ -286,7 +301,12 @@ def train(
         log_period=log_period,
         model_dir=folder,
         save=save,
-        identity={**about, "batch_size": batch_size, "trainable": list(trainable)},
+        identity={
+            **about,
+            "batch_size": batch_size,
+            "pack_length": pack_length,
+            "trainable": list(trainable),
+        },
         seed=seed,
         z_loss=z_loss,
         label_smoothing=label_smoothing,

@@ -57,6 +57,12 @@ def label_cross_entropy(scores: Array, targets: Array, label_ids: Array) -> tupl
     return -picked, jnp.sum(is_target).astype(jnp.float32)
 
 
-def shift_right(targets: Array) -> Array:
-    """Decoder inputs of `targets` `[B, L]`: shifted by one, starting with pad (T5 has no BOS)."""
-    return jnp.pad(targets, ((0, 0), (1, 0)))[:, :-1]
+def shift_right(targets: Array, segments: Array | None = None) -> Array:
+    """Decoder inputs of `targets` `[B, L]`: shifted by one, starting with pad (T5 has no BOS).
+
+    With `segments` `[B, L]` every segment starts with pad.
+    """
+    shifted = jnp.pad(targets, ((0, 0), (1, 0)))[:, :-1]
+    if segments is None:
+        return shifted
+    return jnp.where(segments == jnp.pad(segments, ((0, 0), (1, 0)))[:, :-1], shifted, 0)

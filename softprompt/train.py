@@ -81,7 +81,9 @@ def make_step(
             logits = module.apply(
                 {"params": params},
                 ids,
-                losses.shift_right(batch["targets"]),
+                losses.shift_right(batch["targets"], batch.get("decoder_segments")),
+                batch.get("encoder_segments"),
+                batch.get("decoder_segments"),
                 deterministic=not dropout,
                 rngs={"dropout": key} if dropout else None,
             )

@@ -15,7 +15,7 @@ from conftest import TINY
 
 from softprompt import backbone as backbones
 from softprompt import data, evaluation, losses, optim, partition, prompted, train, tree
-from softprompt.prompted import PromptedT5
+from softprompt.prompted import PromptedT5, slots
 
 LENGTHS = {"inputs": 16, "targets": 8}
 
@@ -340,3 +340,54 @@ def test_dropout_and_half_precision_train_the_prompt_in_float32(vocabulary, pair
     assert not np.array_equal(one.trained[train.PROMPT], other.trained[train.PROMPT])
     again = fit(backbone, pairs, seed=0)
     assert bits(one.trained) == bits(again.trained)
+
+
+# --- packing ------------------------------------------------------------------------------------
+
+
+def test_packed_examples_have_the_loss_and_gradient_of_unpacked_ones(tiny, pairs):
+    """Also with two different prompts in one row, an example of each."""
+    examples = data.from_pairs(pairs, tiny.vocabulary, {"inputs": 16, "targets": 8})
+    bank = np.random.default_rng(5).normal(size=(10, tiny.cfg.emb_dim)).astype(np.float32)
+    module = PromptedT5(tiny.cfg, 10)
+    first, second = slots(tiny.cfg.vocab_size, 4), slots(tiny.cfg.vocab_size, 6, 4)
+    chosen = [(0, first), (7, second), (3, second)]
+
+    def loss(bank, batch):
+        params = tree.unflatten({**tiny.params, train.PROMPT: bank})
+        segments = batch.get("encoder_segments"), batch.get("decoder_segments")
+        inputs = losses.shift_right(batch["targets"], segments[1])
+        logits = module.apply({"params": params}, batch["encoder_ids"], inputs, *segments)
+        return losses.cross_entropy(logits, batch["targets"])[0]
+
+    alone = [
+        {
+            "encoder_ids": np.concatenate([own, examples.inputs[i]])[None],
+            "targets": examples.targets[i][None],
+        }
+        for i, own in chosen
+    ]
+    row = {
+        "encoder_ids": np.concatenate([x["encoder_ids"] for x in alone], 1),
+        "targets": np.concatenate([x["targets"] for x in alone], 1),
+    }
+    for side, name in (("encoder", "encoder_ids"), ("decoder", "targets")):
+        numbers = [np.full_like(x[name], k) for k, x in enumerate(alone, 1)]
+        row[f"{side}_segments"] = np.concatenate(numbers, 1)
+    row = {name: np.pad(x, ((0, 0), (0, 5))) for name, x in row.items()}
+    with jax.default_matmul_precision("highest"):
+        separate = [jax.value_and_grad(loss)(bank, x) for x in alone]
+        total, gradient = jax.value_and_grad(loss)(bank, row)
+    np.testing.assert_allclose(total, sum(x for x, _ in separate), rtol=1e-5)
+    np.testing.assert_allclose(gradient, sum(g for _, g in separate), atol=1e-5)
+    assert np.abs(gradient).max() > 1e-2
+
+
+def test_training_on_packed_rows_moves_the_prompt_alone(tiny, pairs):
+    examples = data.from_pairs(pairs, tiny.vocabulary, {"inputs": 16, "targets": 8})
+    own = slots(tiny.cfg.vocab_size, 5)
+    packed = data.Packing([examples], [1.0], 6, 0, own, 48)
+    before = bits(tiny.params)
+    result = fit(tiny, pairs, steps=3, batches=packed)
+    assert np.abs(result.trained[train.PROMPT] - prompt_of(tiny)).max() > 0
+    assert bits(tiny.params) == before
