@@ -82,18 +82,19 @@ class Arrays:
         self._path = str(path)
         try:
             with safetensors.safe_open(path, "numpy") as file:
-                self.metadata = {k: json.loads(x) for k, x in (file.metadata() or {}).items()}
+                texts = file.metadata() or {}
                 self.shapes = {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}
         except FileNotFoundError:
             raise ValueError(f"no such file: {self._path!r}") from None
-        except (safetensors.SafetensorError, json.JSONDecodeError, OSError) as error:
+        except (safetensors.SafetensorError, OSError) as error:
             raise CorruptFile(
                 f"{self._path!r} is torn or is no safetensors file: {error}"
             ) from None
-        if "sha256" not in self.metadata:
+        if "sha256" not in texts:
             raise CorruptFile(
                 f"{self._path!r} carries no checksum: it was not written by softprompt"
             )
+        self.metadata = {name: json.loads(text) for name, text in texts.items()}
         if self.metadata["format_version"] > FORMAT_VERSION:
             raise ValueError(
                 f"{self._path!r} has format version {self.metadata['format_version']}, this "
@@ -103,6 +104,21 @@ class Arrays:
     def read(self, name: str) -> np.ndarray:
         """One array, its content not yet checked."""
         return read_tensor(self._path, name)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+      CorruptFile: no JSON, or another value; the message names the file.
+    """
+    try:
+        value = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CorruptFile(f"{str(path)!r} is no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CorruptFile(f"{str(path)!r} holds a JSON {type(value).__name__}, expected an object")
+    return value
 
 
 def read_tensor(path: Path, name: str) -> np.ndarray:

@@ -1,5 +1,6 @@
 """`softprompt convert` and `softprompt inspect`: backbones and prompts from format to format."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -73,12 +74,15 @@ def convert(
         raise ValueError(f"cannot write {str(output)!r}: {error.strerror or error}") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        scratch.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            scratch.unlink()
     say(f"{output}: {summary}")
 
 
 def _is_backbone(source: str) -> bool:
     path = pathlib.Path(source)
+    if path.suffix in SUFFIXES.values():
+        return False
     return not (path.is_file() or (path / prompts.ADAPTER_CONFIG).is_file())
 
 
@@ -105,9 +109,13 @@ def _convert_backbone(
         for name, value in stored.cfg.to_json().items()
         if again.cfg.to_json()[name] != value
     }
+    if set(lost) - {"relative_max_distance"}:
+        raise ValueError(
+            f"{to} cannot record {lost} of {stored.where!r}: it would be another model"
+        )
     notes = [f"fingerprint {found}", f"{_count(again) / 1e6:.1f}M parameters"]
     if lost:
-        notes.append(f"this format does not record {lost}: state it again when reading")
+        notes.append(f"this format does not record {lost}: give it again when reading")
     if stored.vocabulary is None:
         notes.append("without a vocabulary, for the source has none (--vocabulary_file gives one)")
     elif again.vocabulary is None:
@@ -163,8 +171,12 @@ def inspect(
     For a prompt also each vector's norm and its nearest vocabulary tokens: in `backbone`, or in the
     embedded one where the prompt was trained for it.
     """
+    if neighbours < 1:
+        raise ValueError(f"--neighbours is {neighbours}, expected at least 1")
     if path == "embedded" or _is_backbone(path) and not _holds_prompt(path):
-        return _describe(formats.open_stored(path, vocabulary_file))
+        stored = formats.open_stored(path, vocabulary_file)
+        backbones.check(stored)
+        return _describe(stored)
     array, metadata = prompts.read(path)
     lines = [json.dumps({"shape": list(array.shape), **metadata}, indent=2, sort_keys=True)]
     embedded = formats.open_stored("embedded")

@@ -139,6 +139,14 @@ def test_every_pair_of_formats_round_trips(first, second, name, dtype, tmp_path)
         assert found.cfg.to_json() == stored.cfg.to_json()
 
 
+def test_what_a_format_cannot_say_is_refused(tmp_path):
+    native.save(tmp_path / "a", random_stored(mlp_activations=("silu", "linear")))
+    convert.convert(str(tmp_path / "a"), tmp_path / "b", "hf")
+    with pytest.raises(ValueError, match="t5x cannot record .*silu"):
+        convert.convert(str(tmp_path / "a"), tmp_path / "c", "t5x")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
 def test_the_vocabulary_comes_along(tmp_path, vocabulary, capsys):
     stored = random_stored(vocabulary=vocabulary)
     native.save(tmp_path / "a", stored)
@@ -394,6 +402,10 @@ def spoil_hf(folder, what):
         return truncate(folder / hf.MODEL_FILE)
     if what == "width":
         config["d_model"] = 32
+    if what == "text":
+        config["num_layers"] = "3"
+    if what == "index":
+        (folder / hf.INDEX_FILE).write_text('{"weight_map": 3}')
     if what == "layers":
         config["num_layers"] = 2
     if what == "kind":
@@ -408,7 +420,7 @@ def spoil_hf(folder, what):
         (folder / hf.MODEL_FILE).rename(folder / "pytorch_model.bin")
     else:
         safetensors_numpy.save_file(tensors, folder / hf.MODEL_FILE)
-    (folder / "config.json").write_text("{" if what == "json" else json.dumps(config))
+    (folder / "config.json").write_text({"json": "{", "list": "[]"}.get(what) or json.dumps(config))
 
 
 @pytest.mark.parametrize(
@@ -423,6 +435,9 @@ def spoil_hf(folder, what):
         ("no head", r"there is no lm_head.weight"),
         ("pickled", r"only pickled \(pytorch_model.bin\)"),
         ("json", r"config.json' is no JSON"),
+        ("list", r"config.json' holds a JSON list, expected an object"),
+        ("text", r"config.json': num_layers is '3', expected a positive integer"),
+        ("index", r"index.json' has no weight_map"),
     ],
 )
 def test_a_bad_hugging_face_folder_is_named(what, message, tmp_path):
@@ -463,6 +478,7 @@ def test_a_torn_t5x_checkpoint_is_named(tmp_path):
         (dict(peft_type="LORA"), "type 'LORA', expected 'PROMPT_TUNING'"),
         (dict(num_virtual_tokens=5), r"shape \(8, 12\), its adapter_config.json says \(5, 12\)"),
         (dict(token_dim=16), r"says \(8, 16\)"),
+        (dict(num_virtual_tokens=None), "num_virtual_tokens is None, expected an integer"),
     ],
 )
 def test_a_bad_adapter_is_named(changes, message, tmp_path):
@@ -483,6 +499,8 @@ def test_a_bad_adapter_is_named(changes, message, tmp_path):
         (["p.npy", "x", "--to", "peft", "--dtype", "int8"], "--dtype has no meaning"),
         (["a", "x", "--to", "hf", "--dtype", "int8"], "cannot store weights as 'int8'"),
         (["p.npy", "x", "--to", "peft", "--backbone", "a"], "has width 5, the backbone"),
+        (["p.npy", "p.npy/x", "--to", "peft"], "cannot write 'p.npy/x'"),
+        (["a", "x", "--to", "softprompt", "--vocabulary_file", "no.model"], "no.model"),
         (["a", "nowhere/x", "--to", "hf"], None),
     ],
 )

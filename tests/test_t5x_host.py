@@ -98,6 +98,7 @@ def t5x(binary, stored, folder, *flags):
         "INITIAL_CHECKPOINT_PATH": str(stored),
         "MIXTURE_OR_TASK_NAME": TASK,
         "PROMPT_LENGTH": P,
+        "VOCABULARY_FILE": "embedded",
         "TASK_FEATURE_LENGTHS": LENGTHS,
     }
     run = subprocess.run(

@@ -23,14 +23,15 @@ def open_stored(
     Args:
       path: 'embedded', a folder (ours, Hugging Face's or a T5X checkpoint), a `gs://` URL of a T5X
         checkpoint, or a model name of the Hugging Face hub such as `google/flan-t5-small`.
-      vocabulary_file: a SentencePiece model, or 'bytes'; for sources that bring none (T5X).
+      vocabulary_file: a SentencePiece model, 'bytes' or 'embedded', for sources that bring none
+        (T5X); it takes the place of one that is there.
       relative_max_distance: for T5X checkpoints of models that differ from T5's 128.
 
     Raises:
       ValueError: nothing there, or nothing that this project reads; the message says what is.
     """
     if str(path) == "embedded":
-        return native.open_stored(native.EMBEDDED)
+        return native.open_stored(native.EMBEDDED, vocabulary_file)
     if "://" in str(path):
         return t5x.open_stored(str(path), vocabulary_file, relative_max_distance)
     folder = pathlib.Path(path)
@@ -41,7 +42,7 @@ def open_stored(
             f"the backbone {str(path)!r} (INITIAL_CHECKPOINT_PATH) does not exist; expected {READ}"
         )
     if native.holds(folder):
-        return native.open_stored(folder)
+        return native.open_stored(folder, vocabulary_file)
     if hf.holds(folder):
         return hf.open_stored(folder, vocabulary_file)
     if t5x.holds(folder):

@@ -27,6 +27,11 @@ MODEL_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 VOCABULARY_FILE = "spiece.model"
 BYT5 = "ByT5Tokenizer"
+# The first four have no default.
+SIZES = (
+    "vocab_size", "d_model", "num_heads", "num_layers", "num_decoder_layers", "d_kv", "d_ff",
+    "relative_attention_num_buckets", "relative_attention_max_distance",
+)  # fmt: skip
 SHARD_BYTES = 5_000_000_000
 
 ATTENTION = {"query": "q", "key": "k", "value": "v", "out": "o"}
@@ -135,10 +140,7 @@ def _architecture(folder: pathlib.Path) -> tuple[T5Config, bool, dict[str, Any]]
     `tie_word_embeddings` used to mean; what the weights hold decides.
     """
     file = folder / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise checkpoint.CorruptFile(f"{str(file)!r} is no JSON: {error}") from None
+    config = checkpoint.read_object(file)
     kind = config.get("model_type")
     if kind not in ("t5", "mt5"):
         raise ValueError(f"{str(file)!r} is of the model type {kind!r}, expected 't5' or 'mt5'")
@@ -150,9 +152,13 @@ def _architecture(folder: pathlib.Path) -> tuple[T5Config, bool, dict[str, Any]]
         )
     if (epsilon := config.get("layer_norm_epsilon", 1e-6)) != 1e-6:
         raise ValueError(f"{str(file)!r}: layer_norm_epsilon is {epsilon}, expected 1e-6")
-    missing = [k for k in ("vocab_size", "d_model", "num_heads", "num_layers") if k not in config]
+    missing = [k for k in SIZES[:4] if config.get(k) is None]
     if missing:
         raise ValueError(f"{str(file)!r} lacks {', '.join(missing)}")
+    for name in SIZES:
+        size = config.get(name)
+        if size is not None and (not isinstance(size, int) or size < 1):
+            raise ValueError(f"{str(file)!r}: {name} is {size!r}, expected a positive integer")
     tied = config.get("tie_word_embeddings", kind == "t5")
     # transformers 5 ties an mT5 without a word on scaling, and never scales it.
     version = str(config.get("transformers_version", "4")).split(".")[0]
@@ -177,7 +183,11 @@ class _Weights:
 
     def __init__(self, folder: pathlib.Path):
         if (folder / INDEX_FILE).is_file():
-            index = json.loads((folder / INDEX_FILE).read_text())["weight_map"]
+            index = checkpoint.read_object(folder / INDEX_FILE).get("weight_map")
+            if not isinstance(index, dict) or not all(isinstance(x, str) for x in index.values()):
+                raise checkpoint.CorruptFile(
+                    f"{str(folder / INDEX_FILE)!r} has no weight_map from tensors to files"
+                )
             files = {name: folder / file for name, file in index.items()}
         elif (folder / MODEL_FILE).is_file():
             files = None
@@ -286,7 +296,7 @@ def _vocabulary(folder: pathlib.Path, given: str | os.PathLike | None) -> AnyVoc
     if (folder / VOCABULARY_FILE).is_file():
         return open_vocabulary(folder / VOCABULARY_FILE)
     for file in (folder / "tokenizer_config.json", folder / "config.json"):
-        if file.is_file() and json.loads(file.read_text()).get("tokenizer_class") == BYT5:
+        if file.is_file() and checkpoint.read_object(file).get("tokenizer_class") == BYT5:
             return ByteVocabulary()
     return None
 

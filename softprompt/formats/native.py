@@ -15,7 +15,7 @@ import safetensors
 from softprompt import checkpoint, tree
 from softprompt.formats.stored import Stored
 from softprompt.t5 import T5Config
-from softprompt.vocabulary import AnyVocabulary, ByteVocabulary, Vocabulary
+from softprompt.vocabulary import AnyVocabulary, ByteVocabulary, Vocabulary, open_vocabulary
 
 EMBEDDED = pathlib.Path(__file__).parent.parent / "embedded" / "backbone"
 MODEL_FILE = "model.safetensors"
@@ -33,8 +33,10 @@ def holds(folder: pathlib.Path) -> bool:
         return (folder / MODEL_FILE).is_file() and not (folder / "config.json").exists()
 
 
-def open_stored(folder: str | os.PathLike) -> Stored:
-    """Opens a folder that `save` wrote."""
+def open_stored(
+    folder: str | os.PathLike, vocabulary_file: str | os.PathLike | None = None
+) -> Stored:
+    """Opens a folder that `save` wrote; `vocabulary_file` takes the place of its vocabulary."""
     folder = pathlib.Path(folder)
     arrays = checkpoint.Arrays(folder / MODEL_FILE)
     metadata = arrays.metadata
@@ -50,7 +52,11 @@ def open_stored(folder: str | os.PathLike) -> Stored:
         cfg=T5Config.from_json(metadata["architecture"]),
         shapes={k: shape for k, shape in arrays.shapes.items() if not k.endswith(SCALE)},
         read=read,
-        vocabulary=_vocabulary(folder, metadata),
+        vocabulary=(
+            open_vocabulary(vocabulary_file)
+            if vocabulary_file is not None
+            else _vocabulary(folder, metadata)
+        ),
         fingerprint=metadata["fingerprint"],
         metadata={"stored_as": metadata["stored_as"], **metadata["provenance"]},
     )

@@ -93,12 +93,7 @@ def _of_peft(folder: pathlib.Path) -> Prompt:
     With its default of two transformer submodules the file holds 2 P rows: PEFT puts the first P
     before the encoder's input and never uses the others.
     """
-    try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise checkpoint.CorruptFile(
-            f"{str(folder / ADAPTER_CONFIG)!r} is no JSON: {error}"
-        ) from None
+    config = checkpoint.read_object(folder / ADAPTER_CONFIG)
     if config.get("peft_type") != "PROMPT_TUNING":
         raise ValueError(
             f"{str(folder)!r} is a PEFT adapter of type {config.get('peft_type')!r}, expected "
@@ -125,7 +120,14 @@ def _of_peft(folder: pathlib.Path) -> Prompt:
         )
     array = arrays[PEFT_NAME]
     length, modules = config.get("num_virtual_tokens"), config.get("num_transformer_submodules")
-    expected = ((length or 0) * (modules or 1), config.get("token_dim"))
+    modules = 1 if modules is None else modules
+    for name, value in (("num_virtual_tokens", length), ("num_transformer_submodules", modules)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(
+                f"{str(folder / ADAPTER_CONFIG)!r}: {name} is {value!r}, expected an integer of at "
+                f"least 1"
+            )
+    expected = (length * modules, config.get("token_dim"))
     if array.shape != expected:
         raise ValueError(
             f"{str(path)!r} has shape {array.shape}, its {ADAPTER_CONFIG} says {expected} "
