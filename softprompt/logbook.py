@@ -42,7 +42,7 @@ class Logbook:
         self.folder = None if model_dir is None else pathlib.Path(model_dir)
         self._events = None
         self._start = start
-        self._began = time.monotonic()
+        self._clock = (start, time.monotonic())
         if self.folder is not None:
             for path in (self.folder / "train.jsonl", self.folder / "eval" / "metrics.jsonl"):
                 _cut_after(path, start)
@@ -76,12 +76,20 @@ class Logbook:
             self._events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
         self._events.flush()
 
-    def progress(self, step: int, last: int, loss: float, note: str = "") -> None:
-        """One line: step, loss, rate, time left."""
-        elapsed = max(time.monotonic() - self._began, 1e-9)
-        rate = (step - self._start) / elapsed
+    def begin(self, step: int) -> None:
+        """Sets the clock of the rate and the time left: `step` is done now (and compiled)."""
+        self._clock = (step, time.monotonic())
+
+    def progress(self, step: int, last: int, loss: float, rates: Mapping[str, float]) -> None:
+        """One line: step, loss, rates (of `throughput.Meter`), time left."""
+        first, began = self._clock
+        rate = (step - first) / max(time.monotonic() - began, 1e-9)
         left = duration((last - step) / rate) if rate else "?"
-        say(f"step {step}/{last}  loss {loss:.4f}  {rate:.2f} steps/s  {left} left{note}")
+        say(
+            f"step {step}/{last}  loss {loss:.4f}  {rate:.2f} steps/s  "
+            f"{rates['tokens_per_second']:,.0f} tokens/s  MFU {100 * rates['mfu']:.0f}%  "
+            f"{left} left"
+        )
 
     def close(self) -> None:
         """Closes the events."""

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from softprompt import checkpoint, decode, losses, partition, tree
+from softprompt import checkpoint, decode, losses, partition, throughput, tree
 from softprompt.backbone import Backbone, abstract
 from softprompt.logbook import Logbook, say
 from softprompt.prompted import PromptedT5
@@ -226,6 +226,8 @@ def fit(
     )
     rows_sharding = partition.batch_sharding(backbone.mesh)
     log = Logbook(model_dir, start)
+    whole = any(path != PROMPT for path in trained)
+    meter = throughput.Meter(backbone.cfg, 3 if whole else 2, backbone.mesh.size)
     best_trained = _load_best(model_dir, best) if best["step"] else None
 
     def trained_now() -> dict[str, np.ndarray]:
@@ -249,8 +251,14 @@ def fit(
             if patience and best["waited"] >= patience:
                 say(f"stopping early at step {step - 1}: no better figure since {best['step']}")
                 break
-            batch = jax.device_put(dict(next(stream)), rows_sharding)
+            host_batch = dict(next(stream))
+            meter.add(host_batch)
+            batch = jax.device_put(host_batch, rows_sharding)
             state = step_fn(state, fixed, batch)
+            if step == start + 1:
+                jax.block_until_ready(state)
+                log.begin(step)
+                meter.restart()
             last = step == train_steps
             due_eval = evaluate and (last or (eval_period and step % eval_period == 0))
             due_log = last or step % log_period == 0
@@ -259,8 +267,9 @@ def fit(
                 _check_finite(state, save, model_dir, trained_now)
             if due_log:
                 loss = float(state["loss_sum"]) / max(float(state["count_sum"]), 1)
-                log.progress(step, train_steps, loss)
-                log.write("train", step, {"loss": loss})
+                rates = meter.read()
+                log.progress(step, train_steps, loss, rates)
+                log.write("train", step, {"loss": loss, **rates})
                 zero = jax.device_put(np.float32(0), partition.replicated(backbone.mesh))
                 state = {**state, "loss_sum": zero, "count_sum": jnp.copy(zero)}
             if due_eval:
@@ -285,6 +294,8 @@ def fit(
                         save(pathlib.Path(model_dir) / "prompts" / "best", best_trained, note)
             if due_save or termination.is_set():
                 save_checkpoint()
+            if due_eval or due_save:
+                meter.restart()
             if termination.is_set() and not last:
                 say(f"stopped by SIGTERM after step {step}; the same command goes on from here")
                 return finish(step, interrupted=True)

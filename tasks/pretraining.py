@@ -16,6 +16,7 @@ import functools
 import os
 import pathlib
 
+import numpy as np
 import seqio
 import tensorflow as tf
 
@@ -46,10 +47,14 @@ def shards(split: str) -> list[str]:
 
 
 def _documents(split: str, shuffle_files: bool = False, seed: int | None = None):
-    del shuffle_files, seed  # The chunks are shuffled after splitting.
+    paths = shards(split)
+    if shuffle_files:
+        # Shards in an order of the seed's own: a run too short to read all of them still differs
+        # from another seed's. The chunks are shuffled after splitting.
+        paths = np.random.default_rng(seed).permutation(paths).tolist()
 
     def generate():
-        for path in shards(split):
+        for path in paths:
             for text in vocabulary.read_documents(path):
                 yield {"text": text}
 

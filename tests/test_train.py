@@ -1,5 +1,6 @@
 """The thesis first: a step moves the prompt, and every backbone leaf stays bit-identical."""
 
+import json
 import dataclasses
 import pathlib
 import signal
@@ -268,7 +269,8 @@ def stop_after(process: subprocess.Popen, step: int, how: signal.Signals) -> str
 
 def outcome(folder: pathlib.Path):
     figures = (folder / "eval" / "metrics.jsonl").read_text()
-    losses = (folder / "train.jsonl").read_text()
+    lines = map(json.loads, (folder / "train.jsonl").read_text().splitlines())
+    losses = [(line["step"], line["loss"]) for line in lines]  # The rest are rates.
     prompts = {p.name: p.read_bytes() for p in (folder / "prompts").iterdir()}
     return figures, losses, prompts
 

@@ -1,0 +1,93 @@
+"""Throughput: tokens per second, and the share of the device's matrix-product peak they take."""
+
+import functools
+import time
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from softprompt.t5 import T5Config
+
+
+def forward_flops(cfg: T5Config, encoder: np.ndarray, decoder: np.ndarray) -> float:
+    """Floating-point operations of one forward pass, two for each multiply-add.
+
+    Args:
+      encoder, decoder: numbers of tokens of each row (prompt slots are tokens, padding is none).
+
+    Matrix products alone: projections, attention scores and sums, MLP and the output head.
+    """
+    encoder, decoder = (np.asarray(x, np.float64) for x in (encoder, decoder))
+    inner = cfg.num_heads * cfg.head_dim
+    projection = cfg.emb_dim * inner
+    mlp = (len(cfg.mlp_activations) + 1) * cfg.emb_dim * cfg.mlp_dim
+    # Scores and sums of values: one multiply-add each per head width and pair of positions.
+    per_encoder_layer = (4 * projection + mlp) * encoder + 2 * inner * encoder**2
+    per_decoder_layer = (
+        (6 * projection + mlp) * decoder
+        + 2 * projection * encoder
+        + 2 * inner * (decoder**2 + decoder * encoder)
+    )
+    head = cfg.emb_dim * cfg.vocab_size * decoder
+    total = cfg.num_encoder_layers * per_encoder_layer + cfg.num_decoder_layers * per_decoder_layer
+    return 2 * float(np.sum(total + head))
+
+
+@functools.cache
+def peak(dtype: str) -> float:
+    """Operations per second of a large matrix product on one device, measured.
+
+    The best of some runs, so that other work on the machine counts as little as it can.
+    """
+    size = 2048 if jax.default_backend() == "cpu" else 8192
+    x = jnp.ones((size, size), dtype)
+    product = jax.jit(lambda a: a @ a)
+    product(x).block_until_ready()
+    best = float("inf")
+    for _ in range(4):
+        began = time.perf_counter()
+        product(x).block_until_ready()
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+class Meter:
+    """Counts what batches hold between two readings.
+
+    Args:
+      passes: forward passes that a step costs: 3 where all weights train, 2 where a prompt alone
+        does (the gradient goes back through the frozen weights, but theirs is never computed).
+      devices: how many share a step.
+    """
+
+    def __init__(self, cfg: T5Config, passes: int, devices: int):
+        self._cfg, self._passes, self._devices = cfg, passes, devices
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets what was counted: evaluations and compilation are not training."""
+        self._began = time.perf_counter()
+        self._tokens = self._flops = 0.0
+
+    def add(self, batch: Mapping[str, np.ndarray]) -> None:
+        """Counts a batch of `encoder_ids` `[B, T]` and `targets` `[B, L]`."""
+        lengths = [np.count_nonzero(batch[name], axis=1) for name in ("encoder_ids", "targets")]
+        self._tokens += sum(int(x.sum()) for x in lengths)
+        self._flops += self._passes * forward_flops(self._cfg, *lengths)
+
+    def read(self) -> dict[str, float]:
+        """Tokens per second and model FLOPs utilisation since the last reading.
+
+        Utilisation is that of useful work: padding counts as none (Chowdhery et al. 2022,
+        appendix B, where nothing is padded), against `peak` on every device.
+        """
+        elapsed = max(time.perf_counter() - self._began, 1e-9)
+        reachable = peak(jnp.dtype(self._cfg.dtype).name) * self._devices
+        figures = {
+            "tokens_per_second": self._tokens / elapsed,
+            "mfu": self._flops / elapsed / reachable,
+        }
+        self.restart()
+        return figures
