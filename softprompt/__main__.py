@@ -1,4 +1,4 @@
-"""Command line: softprompt train, eval, infer, quickstart, vocabulary, inspect, convert."""
+"""Command line: softprompt train, eval, infer, baseline, sweep, quickstart, and tools."""
 
 import argparse
 import os
@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
+GIN_COMMANDS = ("train", "eval", "infer", "baseline", "sweep")
 USER_DATA_FLAGS = {
     "train_file": "TRAIN_FILE",
     "validation_file": "VALIDATION_FILE",
@@ -79,6 +80,8 @@ def parser() -> argparse.ArgumentParser:
         ("train", "tune a prompt (or whatever TRAINABLE names) on a task"),
         ("eval", "evaluate a prompt on a task"),
         ("infer", "predict for the rows of a file"),
+        ("baseline", "evaluate what prompt tuning is held against: majority, priming, a probe"),
+        ("sweep", "train over points, tasks and seeds: gin/sweeps holds the paper's ablations"),
     ):
         command = commands.add_parser(
             name, help=what, epilog="--gin.NAME=VALUE overrides a gin macro or binding."
@@ -163,7 +166,7 @@ def _run_gin(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> int:
             raise ValueError(f"--gin_bindings {binding!r}: expected NAME=VALUE")
         bindings.append((name.strip(), value.strip()))
     bindings = [*_user_data(args), *bindings]
-    if args.ignore_fingerprint and args.command != "train":
+    if args.ignore_fingerprint and args.command in ("eval", "infer"):
         bindings.append(("IGNORE_FINGERPRINT", "True"))
     if args.data_dir:
         sources.use_data_dir(args.data_dir)
@@ -172,6 +175,11 @@ def _run_gin(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> int:
     if args.seqio_additional_cache_dirs:
         seqio.add_global_cache_dirs(args.seqio_additional_cache_dirs.split(","))
     search_paths = [p for p in args.gin_search_paths.split(",") if p]
+    if args.command == "sweep":
+        from softprompt import sweep
+
+        sweep.sweep(args.gin_file, bindings, search_paths)
+        return 0
     config.parse(args.gin_file, bindings, search_paths)
     with config.errors():
         config.configured(getattr(launch, args.command))()
@@ -196,10 +204,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         rest, bindings = split_gin(sys.argv[1:] if arguments is None else arguments)
         args = parser().parse_args(rest)
-        if bindings and args.command not in ("train", "eval", "infer"):
+        if bindings and args.command not in GIN_COMMANDS:
             raise ValueError(f"softprompt {args.command} takes no --gin flags")
         _use_compilation_cache()
-        if args.command in ("train", "eval", "infer"):
+        if args.command in GIN_COMMANDS:
             return _run_gin(args, bindings)
         if args.command == "quickstart":
             from softprompt import quickstart

@@ -25,8 +25,11 @@ def parse(
     files: Sequence[str],
     bindings: Sequence[tuple[str, str]] = (),
     search_paths: Sequence[str] = (),
+    complete: bool = True,
 ) -> None:
     """Parses gin files, then `(NAME, value)` bindings over them.
+
+    Unless `complete`, required macros may still lack their values.
 
     Files resolve from the working directory, then `search_paths`, then the shipped `gin/` folder.
 
@@ -54,7 +57,7 @@ def parse(
             gin.parse_config(f"{name} = {literal(value)}")
     # Gin keeps a reference to its constant, which is resolved only when a function is called.
     missing = [name for name, value in macros().items() if str(value) == "%gin.REQUIRED"]
-    if missing:
+    if missing and complete:
         flags = " ".join(f"--gin.{name}=…" for name in missing)
         raise ValueError(f"required gin macros have no value: {', '.join(missing)}; give {flags}")
 

@@ -48,7 +48,7 @@ def from_task(
     """A seqio task's split with its postprocessor and metric functions."""
     examples = data.from_task(task, split, lengths)
     targets = [
-        task.postprocess_fn(_target_text(record, vocabulary), example=record, is_target=True)
+        task.postprocess_fn(target_text(record, vocabulary), example=record, is_target=True)
         for record in examples.records
     ]
 
@@ -66,7 +66,7 @@ def from_task(
     return EvalTask(examples, label_classes(task), judge)
 
 
-def _target_text(record: Mapping[str, Any], vocabulary: Vocabulary) -> str:
+def target_text(record: Mapping[str, Any], vocabulary: Vocabulary) -> str:
     """The target as the task wrote it: a vocabulary may lack some of its characters."""
     text = record.get("targets_pretokenized")
     return vocabulary.decode(record["targets"]) if text is None else plain(text)
@@ -275,13 +275,18 @@ def evaluate(
     figures = {}
     for task in tasks:
         predictions, scores = predictor.predict(flat, task)
-        prefix = f"{task.name}/" if len(tasks) > 1 else ""
-        figures |= {prefix + name: value for name, value in task.judge(predictions).items()}
+        figures |= judged(task, predictions, len(tasks) > 1)
         if folder is not None:
             suffix = "" if step is None else f"-{step}"
             path = pathlib.Path(folder) / "predictions" / f"{task.name}{suffix}.jsonl"
             write_predictions(path, task, predictions, scores)
     return figures
+
+
+def judged(task: EvalTask, predictions: Sequence[str], several: bool) -> dict[str, float]:
+    """The task's figures of these predictions, its name before each where it is one of several."""
+    prefix = f"{task.name}/" if several else ""
+    return {prefix + name: value for name, value in task.judge(list(predictions)).items()}
 
 
 def write_predictions(

@@ -1,4 +1,4 @@
-"""The three binaries behind `softprompt train | eval | infer`: from gin's values to a run."""
+"""The binaries behind `softprompt train | eval | infer | baseline`: from gin's values to a run."""
 
 import dataclasses
 import importlib
@@ -18,6 +18,7 @@ import optax
 
 from softprompt import backbone as backbones
 from softprompt import (
+    baselines,
     checkpoint,
     config,
     data,
@@ -163,6 +164,7 @@ def train(
     loss: str = evaluation.TOKENS,
     backbone_name: str | None = None,
     backbone_dtype: str = "float32",
+    backbone_steps: Sequence[int] = (),
 ) -> training.Result:
     """Trains a prompt (or whatever `trainable` names) on a seqio task or mixture.
 
@@ -171,7 +173,9 @@ def train(
     `eval_examples` of `eval_split`; else examples lie in memory, packed into rows of `pack_length`
     tokens if that is not 0 (see `data.Packing`), and the task's own metrics are
     evaluated. `loss` is that of the target 'tokens' or that of the right one among the task's
-    'labels'. Writes to `model_dir` what the README lists.
+    'labels'. A trained backbone is stored as `backbone_name` in `backbone_dtype`, and once more as
+    it was at each of `backbone_steps` (multiples of `eval_period`). Writes to `model_dir` what the
+    README lists.
     """
     began = time.monotonic()
     _check_settings(
@@ -256,12 +260,25 @@ def train(
         seed=seed,
     )
 
+    def save_backbone(path: pathlib.Path, params: tree.Flat, note: dict[str, Any]) -> str:
+        weights = {k: v for k, v in params.items() if k != training.PROMPT}
+        name = backbone_name or backbone.name
+        note = {"task": mixture_or_task_name, "trained_from": _origin(backbone), **note}
+        stored = Stored.of(name, backbone.cfg, weights, vocabulary, note)
+        return native.save(path, stored, backbone_dtype)
+
     def run_evaluation(flat: tree.Flat, step: int) -> dict[str, float]:
+        if step in backbone_steps:
+            save_backbone(folder / "backbones" / str(step), flat, {"step": step})
         if stream:
             found = [predictor.loss(flat, examples) for examples in held_out]
             return {"loss": float(np.mean(found))}
         return evaluation.evaluate(predictor, flat, held_out, folder / "eval", step)
 
+    if odd := [k for k in backbone_steps if not eval_period or k % eval_period]:
+        raise ValueError(
+            f"BACKBONE_STEPS {odd} are no multiples of EVAL_PERIOD, which is {eval_period}"
+        )
     only_prompt = all(pattern.startswith("prompt/") for pattern in trainable)
     about = {
         "backbone": backbone.name,
@@ -320,15 +337,16 @@ def train(
         say(f"backbone fingerprint before {backbone.fingerprint}, after {after}")
         say(f"best prompt of step {result.best_step}: {path} ({size(path.stat().st_size)})")
     else:
-        merged = {**backbone.params, **result.best}
-        merged.pop(training.PROMPT, None)
         out = folder / "backbone"
-        about = {"task": mixture_or_task_name, "step": result.best_step, "metrics": result.metrics}
-        name = backbone_name or backbone.name
-        tuned = Stored.of(name, backbone.cfg, merged, vocabulary, about)
-        print_name = native.save(out, tuned, backbone_dtype)
+        note = {"step": result.best_step, "metrics": result.metrics}
+        print_name = save_backbone(out, {**backbone.params, **result.best}, note)
         say(f"tuned backbone of step {result.best_step}: {out} (fingerprint {print_name})")
     return result
+
+
+def _origin(backbone: Backbone) -> dict[str, Any]:
+    """Where a trained backbone started, with that one's own origins."""
+    return {"name": backbone.name, "fingerprint": backbone.fingerprint, **backbone.metadata}
 
 
 def _write_run_files(folder: pathlib.Path, backbone: Backbone, about: Mapping[str, Any]) -> None:
@@ -412,13 +430,79 @@ def eval(
         backbone, length, eval_mode, batch_size, task_feature_lengths["targets"], beams
     )
     figures = evaluation.evaluate(predictor, flat, tasks, eval_output_dir)
-    say(json.dumps({"task": mixture_or_task_name, "split": split, **figures}))
-    if eval_output_dir is not None:
-        checkpoint.write_atomically(
-            pathlib.Path(eval_output_dir) / f"{mixture_or_task_name}.json",
-            json.dumps(figures, indent=2).encode(),
-        )
+    _report(mixture_or_task_name, split, figures, eval_output_dir)
     return figures
+
+
+def baseline(
+    method: str,
+    mixture_or_task_name: str,
+    task_feature_lengths: Mapping[str, int],
+    initial_checkpoint_path: str,
+    eval_output_dir: Path | None = None,
+    mixture_or_task_module: str | Sequence[str] | None = "softprompt.tasks.registry",
+    user_data: UserData | None = None,
+    split: str = "validation",
+    eval_mode: str = evaluation.RANK,
+    batch_size: int = 32,
+    shots: int = 4,
+    description: str = "",
+    seed: int = 0,
+    mesh: Callable[[], jax.sharding.Mesh] = partition.make_mesh,
+    dtype: str = "float32",
+    vocabulary_file: str | None = None,
+) -> dict[str, float]:
+    """Evaluates what prompt tuning is held against (see `baselines`); prints figures as JSON."""
+    if method not in baselines.METHODS:
+        raise ValueError(f"METHOD is {method!r}, expected one of {', '.join(baselines.METHODS)}")
+    _check_settings(dtype, task_feature_lengths, BATCH_SIZE=(batch_size, 1), SHOTS=(shots, 0))
+    backbone = backbones.load(
+        initial_checkpoint_path, dtype, mesh=mesh(), vocabulary_file=vocabulary_file
+    )
+    vocabulary = _use_vocabulary(backbone)
+    found = _load_tasks(mixture_or_task_name, mixture_or_task_module, user_data)
+    predictor = evaluation.Predictor(
+        backbone, 0, eval_mode, batch_size, task_feature_lengths["targets"]
+    )
+    figures: dict[str, float] = {}
+    for source, _ in found:
+        task = evaluation.from_task(source, split, task_feature_lengths, vocabulary)
+        scores = None
+        if method in ("none", "priming"):
+            if method == "priming":
+                train_set = data.from_task(source, "train", task_feature_lengths)
+                primed, short = baselines.prime(
+                    train_set, task.examples, vocabulary, shots,
+                    task_feature_lengths["inputs"], seed, description,
+                )  # fmt: skip
+                if short:
+                    say(
+                        f"{task.name}: {short} of {len(primed)} inputs hold less than {shots} shots"
+                    )
+                task = dataclasses.replace(task, examples=primed)
+            predictions, scores = predictor.predict(backbone.params, task)
+        else:
+            train_set = data.from_task(source, "train", task_feature_lengths)
+            if method == "majority":
+                predictions = baselines.majority(train_set, task, vocabulary)
+            else:
+                predictions = baselines.probe(backbone, train_set, task, seed)
+        figures |= evaluation.judged(task, predictions, len(found) > 1)
+        if eval_output_dir is not None:
+            path = pathlib.Path(eval_output_dir) / "predictions" / f"{task.name}.jsonl"
+            evaluation.write_predictions(path, task, predictions, scores)
+    _report(mixture_or_task_name, split, figures, eval_output_dir, method=method)
+    return figures
+
+
+def _report(
+    name: str, split: str, figures: Mapping[str, float], folder: Path | None, **note: Any
+) -> None:
+    """Prints figures as JSON, and keeps them in `<folder>/<name>.json`."""
+    say(json.dumps({"task": name, "split": split, **note, **figures}))
+    if folder is not None:
+        path = pathlib.Path(folder) / f"{name}.json"
+        checkpoint.write_atomically(path, json.dumps(figures, indent=2).encode())
 
 
 INFER_CHUNK = 512

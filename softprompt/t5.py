@@ -7,6 +7,7 @@ V vocabulary rows, A heads, D head width.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -104,6 +105,46 @@ def config(size: str, dropout_rate: float = 0.0, dtype: Any = jnp.float32) -> T5
     return dataclasses.replace(SIZES[size], dropout_rate=dropout_rate, dtype=jnp.dtype(dtype))
 
 
+def _einsum(spec: str, x: Array, y: Array, dtype: Any) -> Array:
+    """`jnp.einsum(spec, x, y)`, accumulated in float32 and returned as `dtype`.
+
+    XLA's CPU backend has kernels for bfloat16 operands (AVX512-BF16, AMX: twice as fast as
+    float32) only where the result is float32, the output's last axis comes from the second
+    operand, and both operands have one type.
+    """
+    operands, out = spec.split("->")
+    of_x, of_y = operands.split(",")
+    if out[-1] not in of_y:
+        spec, x, y = f"{of_y},{of_x}->{out}", y, x
+    kept = jnp.float32 if jax.default_backend() == "cpu" else dtype
+    return jnp.einsum(spec, x, y, preferred_element_type=kept).astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def product(spec: str, x: Array, y: Array, dtype: Any) -> Array:
+    """`_einsum` whose gradients are products in the operands' own type."""
+    return _einsum(spec, x, y, dtype)
+
+
+def _product_forward(spec, x, y, dtype):
+    return product(spec, x, y, dtype), (x, y)
+
+
+def _product_backward(spec, dtype, operands, grad):
+    del dtype
+    x, y = operands
+    inputs, out = spec.split("->")
+    of_x, of_y = inputs.split(",")
+    grad = grad.astype(x.dtype)
+    return (
+        _einsum(f"{out},{of_y}->{of_x}", grad, y, x.dtype),
+        _einsum(f"{of_x},{out}->{of_y}", x, grad, y.dtype),
+    )
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
 class Dense(nn.Module):
     """Linear map without bias on the last axis; kernel `[in, features]`."""
 
@@ -119,14 +160,8 @@ class Dense(nn.Module):
         kernel = partitioning.param_with_axes(
             "kernel", init, (fan_in, self.features), jnp.float32, axes=self.axes
         )
-        # Two-dimensional, so that the weight gradient contracts one axis: XLA's CPU backend has no
-        # fast kernel for more.
-        y = jnp.dot(
-            x.astype(self.dtype).reshape(-1, fan_in),
-            kernel.astype(self.dtype),
-            preferred_element_type=out_dtype,
-        )
-        return y.reshape(*x.shape[:-1], self.features)
+        dtype = out_dtype or self.dtype
+        return product("btk,kn->btn", x.astype(self.dtype), kernel.astype(self.dtype), dtype)
 
 
 class LayerNorm(nn.Module):
@@ -170,14 +205,14 @@ class Attention(nn.Module):
         key, value = kv
         query = self._heads(self.query(x))
         # Logits and softmax in float32 whatever the activations are.
-        logits = jnp.einsum("bqad,bsad->baqs", query, key, preferred_element_type=jnp.float32)
+        logits = product("bqad,bsad->baqs", query, key, jnp.float32)
         weights = jax.nn.softmax(logits + bias.astype(jnp.float32)).astype(cfg.dtype)
         if not deterministic and cfg.dropout_rate > 0:
             # One mask for all queries, as T5's own code has it.
             shape = (*weights.shape[:-2], 1, weights.shape[-1])
             keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - cfg.dropout_rate, shape)
             weights = weights * keep / (1 - cfg.dropout_rate)
-        y = jnp.einsum("baqs,bsad->bqad", weights.astype(cfg.dtype), value)
+        y = product("baqs,bsad->bqad", weights.astype(cfg.dtype), value, cfg.dtype)
         return self.out(y.reshape(*y.shape[:-2], -1))
 
 
@@ -192,7 +227,7 @@ class Mlp(nn.Module):
         y = 1.0
         for i, activation in enumerate(cfg.mlp_activations):
             name = "wi" if len(cfg.mlp_activations) == 1 else f"wi_{i}"
-            z = Dense(cfg.mlp_dim, ("embed", "mlp"), cfg.dtype, name=name)(x)
+            z = Dense(cfg.mlp_dim, ("embed", "mlp"), cfg.dtype, name=name)(x, jnp.float32)
             y = y * (z if activation == "linear" else getattr(jax.nn, activation)(z))
         y = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))(y, deterministic=deterministic)
         return Dense(cfg.emb_dim, ("mlp", "embed"), cfg.dtype, name="wo")(y)

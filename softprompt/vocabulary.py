@@ -157,7 +157,7 @@ def open_vocabulary(path: str | os.PathLike) -> AnyVocabulary:
 
 
 def read_documents(path: str | os.PathLike) -> Iterator[str]:
-    """Texts of a JSON Lines file with a `text` field (plain, `.gz` or `.xz`)."""
+    """Texts of a JSON Lines file with a `text` field (plain, `.gz`, `.xz` or `.zst`)."""
     with open_text(path) as lines:
         for number, line in enumerate(lines, 1):
             try:
@@ -170,12 +170,14 @@ def read_documents(path: str | os.PathLike) -> Iterator[str]:
 
 
 def open_text(path: str | os.PathLike):
-    """Opens a text file for reading, through gzip or xz by its ending."""
+    """Opens a text file for reading, through gzip, xz or zstandard by its ending."""
     import gzip
     import lzma
 
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(pathlib.Path(path).suffix, open)
-    return opener(path, "rt", encoding="utf-8")
+    import zstandard
+
+    openers = {".gz": gzip.open, ".xz": lzma.open, ".zst": zstandard.open}
+    return openers.get(pathlib.Path(path).suffix, open)(path, "rt", encoding="utf-8")
 
 
 def train(

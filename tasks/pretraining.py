@@ -7,9 +7,9 @@
 - `pretrain_prefix_lm` is the "LM adaptation" objective (Lester et al. 2021, section 3.3): a prefix
   as input, its continuation as target.
 
-All read JSON Lines shards with a `text` field from the folder that `use_corpus` or
-SOFTPROMPT_CORPUS
-names: `train*.jsonl[.gz|.xz]` and `validation*.jsonl[.gz|.xz]`.
+All read the corpus that `use_corpus` or SOFTPROMPT_CORPUS names: a folder of JSON Lines shards
+`train*.jsonl` and `validation*.jsonl` (also `.gz`, `.xz` and `.zst`) with a field `text`, or a TFDS
+data set with such a field, written `tfds:c4/en:3.1.0`.
 """
 
 import functools
@@ -23,30 +23,40 @@ import tensorflow as tf
 from softprompt import vocabulary
 from softprompt.tasks.features import FEATURES
 
-_folder: str | None = None
+_corpus: str | None = None
+TFDS = "tfds:"
 
 
-def use_corpus(folder: str | os.PathLike | None) -> None:
-    """Names the folder of text shards, over SOFTPROMPT_CORPUS."""
-    global _folder
-    _folder = None if folder is None else str(folder)
+def use_corpus(corpus: str | os.PathLike | None) -> None:
+    """Names the text to pre-train on (a folder, or `tfds:NAME`), over SOFTPROMPT_CORPUS."""
+    global _corpus
+    _corpus = None if corpus is None else str(corpus)
+
+
+def _named_corpus() -> str:
+    corpus = _corpus or os.environ.get("SOFTPROMPT_CORPUS")
+    if not corpus:
+        raise ValueError(
+            "no text to pre-train on: name a folder of JSON Lines shards, or tfds:NAME, by CORPUS "
+            "in gin or by the environment variable SOFTPROMPT_CORPUS"
+        )
+    return corpus
 
 
 def shards(split: str) -> list[str]:
     """Paths of the shards of `split`, sorted; an error says where they were looked for."""
-    folder = _folder or os.environ.get("SOFTPROMPT_CORPUS")
-    if not folder:
-        raise ValueError(
-            "no text to pre-train on: name a folder of JSON Lines shards by CORPUS in gin "
-            "or by the environment variable SOFTPROMPT_CORPUS"
-        )
+    folder = _named_corpus()
     paths = sorted(str(p) for p in pathlib.Path(folder).glob(f"{split}*.jsonl*"))
     if not paths:
-        raise ValueError(f"{folder!r} holds no shards {split}*.jsonl, {split}*.jsonl.gz or .xz")
+        raise ValueError(f"{folder!r} holds no shards {split}*.jsonl (or .gz, .xz, .zst)")
     return paths
 
 
 def _documents(split: str, shuffle_files: bool = False, seed: int | None = None):
+    corpus = _named_corpus()
+    if corpus.startswith(TFDS):
+        loader = seqio.LazyTfdsLoader(corpus.removeprefix(TFDS))
+        return loader.load(split, shuffle_files, seed).map(lambda x: {"text": x["text"]})
     paths = shards(split)
     if shuffle_files:
         # Shards in an order of the seed's own: a run too short to read all of them still differs

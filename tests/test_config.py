@@ -21,10 +21,13 @@ TRAIN = {
     "OUTPUT_FILE": "o",
     "CLASS_LABELS": "['a', 'b']",
     "PROMPT_TEXT": "some text",
+    "METHOD": "probe",
 }
 COMMANDS = {
     "runs/prompt_finetune.gin": "train",
     "runs/prompt_classify.gin": "train",
+    "runs/model_finetune.gin": "train",
+    "runs/baseline.gin": "baseline",
     "runs/pretrain.gin": "train",
     "runs/lm_adapt.gin": "train",
     "runs/prompt_eval.gin": "eval",

@@ -206,6 +206,64 @@ def test_pretraining_reads_a_corpus(corpus):
         pretraining.use_corpus(None)
 
 
+def test_text_shards_are_read_through_every_compression(tmp_path):
+    import gzip
+    import lzma
+
+    import zstandard
+
+    from softprompt.tasks import pretraining
+
+    for ending, opener in {
+        "": open,
+        ".gz": gzip.open,
+        ".xz": lzma.open,
+        ".zst": zstandard.open,
+    }.items():
+        with opener(tmp_path / f"train-{ending[1:]}.jsonl{ending}", "wt", encoding="utf-8") as file:
+            file.write(json.dumps({"text": f"a café {ending}"}) + "\n")
+    pretraining.use_corpus(tmp_path)
+    try:
+        read = {x["text"].decode() for x in pretraining._documents("train").as_numpy_iterator()}
+        assert read == {"a café ", "a café .gz", "a café .xz", "a café .zst"}
+        with pytest.raises(ValueError, match="no shards validation"):
+            pretraining._documents("validation")
+    finally:
+        pretraining.use_corpus(None)
+
+
+def test_pretraining_reads_a_tfds_corpus(tmp_path):
+    import seqio
+    import tensorflow_datasets as tfds
+
+    from softprompt.tasks import pretraining
+
+    class TinyText(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+        pkg_dir_path = tmp_path
+
+        def _info(self):
+            features = {"text": tfds.features.Text(), "url": tfds.features.Text()}
+            return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for i in range(3):
+                yield i, {"text": f"text {i}", "url": "none"}
+
+    TinyText(data_dir=tmp_path).download_and_prepare()
+    seqio.set_tfds_data_dir_override(str(tmp_path))
+    pretraining.use_corpus("tfds:tiny_text:1.0.0")
+    try:
+        texts = sorted(x["text"] for x in pretraining._documents("train").as_numpy_iterator())
+        assert texts == [b"text 0", b"text 1", b"text 2"]
+    finally:
+        pretraining.use_corpus(None)
+        seqio.set_tfds_data_dir_override(None)
+
+
 def test_local_data_serves_the_benchmark_tasks(task_data, monkeypatch, vocabulary):
     from softprompt import data
     from softprompt.tasks import registry  # noqa: F401

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from conftest import TINY
+
 from softprompt import throughput
 from softprompt.prompted import PromptedT5
 

@@ -1,7 +1,7 @@
 """The thesis first: a step moves the prompt, and every backbone leaf stays bit-identical."""
 
-import json
 import dataclasses
+import json
 import pathlib
 import signal
 import subprocess

@@ -1,0 +1,134 @@
+"""What prompt tuning is held against, on the same tasks, by the same metrics.
+
+- `majority`: the commonest training target, always.
+- `none`: the bare backbone.
+- `priming`: prompt design, as GPT-3's few-shot priming (Brown et al. 2020; Lester et al. 2021,
+  figure 1): a description and k training examples as text before every input.
+- `probe`: a linear classifier on mean-pooled encoder states (scikit-learn's logistic regression).
+
+Model tuning is `softprompt train` with runs/model_finetune.gin.
+"""
+
+import collections
+
+import jax
+import numpy as np
+
+from softprompt import data, tree
+from softprompt.backbone import Backbone
+from softprompt.evaluation import EvalTask, target_text
+from softprompt.prompted import PromptedT5
+from softprompt.vocabulary import EOS_ID
+
+METHODS = ("majority", "none", "priming", "probe")
+
+
+def target_texts(examples: data.Examples, vocabulary) -> list[str]:
+    """The target of each example as the task wrote it."""
+    return [target_text(record, vocabulary) for record in examples.records]
+
+
+def majority(train: data.Examples, task: EvalTask, vocabulary) -> list[str]:
+    """The commonest target of `train` for every example of `task`."""
+    [(commonest, _)] = collections.Counter(target_texts(train, vocabulary)).most_common(1)
+    return [commonest] * len(task.examples)
+
+
+def prime(
+    train: data.Examples,
+    examples: data.Examples,
+    vocabulary,
+    shots: int,
+    length: int,
+    seed: int = 0,
+    description: str = "",
+    separator: str = " answer: ",
+) -> tuple[data.Examples, int]:
+    """`examples` behind a description and `shots` examples of `train`, in the input's own tokens.
+
+    The classes take turns among the shots, each drawn at random. Where an input leaves too little
+    of `length` tokens, the last shots are left out for it, never a part of one.
+
+    Returns the primed examples, and how many of them lost a shot.
+    """
+    rng = np.random.default_rng(seed)
+    by_target: dict[tuple[int, ...], list[int]] = collections.defaultdict(list)
+    for i in rng.permutation(len(train)):
+        by_target[tuple(train.targets[i].tolist())].append(int(i))
+    turns = [queue[k] for k in range(shots) for queue in by_target.values() if k < len(queue)]
+    mark = vocabulary.encode(separator.strip())
+
+    def question(ids: np.ndarray) -> list[int]:
+        return [*ids[ids != EOS_ID].tolist(), *mark]
+
+    demonstrations = [
+        question(train.inputs[i]) + train.targets[i][train.targets[i] != EOS_ID].tolist()
+        for i in turns[:shots]
+    ]
+    opening = vocabulary.encode(description) if description else []
+    inputs, short = [], 0
+    for ids in examples.inputs:
+        asked = [*question(ids), EOS_ID]
+        room = length - len(asked) - len(opening)
+        front: list[int] = []
+        for shot in demonstrations:
+            if len(front) + len(shot) > room:
+                short += 1
+                break
+            front += shot
+        inputs.append(np.array([*opening, *front, *asked], np.int32) if room >= 0 else ids)
+    return (
+        data.Examples(examples.name, inputs, examples.targets, examples.records, examples.cut),
+        short,
+    )
+
+
+def pooled(backbone: Backbone, examples: data.Examples, batch_size: int = 32) -> np.ndarray:
+    """Encoder states averaged over each example's tokens, `[examples, H]`."""
+    module = PromptedT5(backbone.cfg)
+
+    def mean_state(flat: tree.Flat, ids: jax.Array) -> jax.Array:
+        encoded, segments = module.apply({"params": tree.unflatten(flat)}, ids, method="encode")
+        weights = (segments > 0).astype(np.float32)[..., None]
+        return (encoded.astype(np.float32) * weights).sum(1) / weights.sum(1).clip(1)
+
+    encode = jax.jit(mean_state)
+    states = np.zeros((len(examples), backbone.cfg.emb_dim), np.float32)
+    none = np.zeros(0, np.int32)
+    for indices, batch in data.eval_batches(examples, batch_size, none):
+        found = np.asarray(encode(dict(backbone.params), batch["encoder_ids"]))
+        states[indices] = found[: len(indices)]
+    return states
+
+
+def probe(
+    backbone: Backbone, train: data.Examples, task: EvalTask, seed: int = 0, most: int = 20_000
+) -> list[str]:
+    """Targets predicted by logistic regression on `pooled` states.
+
+    Of `train`, at most `most` examples drawn at random are used. The regularisation is chosen among
+    1e-3 … 10 by three-fold cross-validation on them.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    chosen = np.random.default_rng(seed).permutation(len(train))[:most]
+    part = data.Examples(
+        train.name,
+        [train.inputs[i] for i in chosen],
+        [train.targets[i] for i in chosen],
+        [train.records[i] for i in chosen],
+        train.cut,
+    )
+    targets = target_texts(part, backbone.vocabulary)
+    if len(set(targets)) == 1:
+        return [targets[0]] * len(task.examples)
+    model = GridSearchCV(
+        make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)),
+        {"logisticregression__C": (1e-3, 1e-2, 1e-1, 1.0, 10.0)},
+        cv=3,
+    )
+    model.fit(pooled(backbone, part), targets)
+    return model.predict(pooled(backbone, task.examples)).tolist()

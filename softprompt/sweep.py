@@ -1,0 +1,370 @@
+"""Sweeps: one binary over points, lines, tasks and seeds, to a table and a plot.
+
+A sweep is a gin file that names its points; gin/sweeps/ holds the paper's ablations. Every run is
+the run that `softprompt train` (or `baseline`) gives with the point's own files and bindings, in a
+folder of its own; finished ones are kept, an interrupted one goes on from its checkpoint.
+"""
+
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import os
+import pathlib
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from softprompt import checkpoint, config, launch
+from softprompt import train as training
+from softprompt.logbook import duration, say
+
+BINARIES = ("train", "baseline")
+# The macro that names a binary's output folder.
+OUTPUT = {"train": "MODEL_DIR", "baseline": "EVAL_OUTPUT_DIR"}
+MEAN = "mean"
+Settings = Mapping[str, Sequence[str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What a sweep's gin file names.
+
+    Attributes:
+      folder: SWEEP_DIR, where everything goes.
+      title, axis: of the plot, and of its x axis.
+      points, lines, tasks: name -> settings, each a gin file or a binding `NAME=value`; the product
+        of all is run. A task's name is that of the seqio task.
+      seeds: of every combination.
+    """
+
+    folder: pathlib.Path
+    title: str
+    axis: str
+    points: Settings
+    lines: Settings
+    tasks: Settings
+    seeds: Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One combination, the gin files and bindings that make it, and its folder."""
+
+    line: str
+    point: str
+    task: str
+    seed: int
+    settings: Sequence[str]
+    folder: pathlib.Path
+
+    def __str__(self) -> str:
+        names = [self.line, self.point, self.task, f"seed {self.seed}"]
+        return ", ".join(name for name in names if name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a finished run left: its figures, the mean of them, and what it took."""
+
+    run: Run
+    score: float
+    figures: Mapping[str, float]
+    seconds: float
+
+
+def read(macros: Mapping[str, Any]) -> Spec:
+    """The sweep that gin macros describe; what is missing or malformed is an error naming it."""
+    needed = ("SWEEP_DIR", "TITLE", "AXIS", "POINTS", "LINES", "TASKS", "SEEDS")
+    if missing := [name for name in needed if macros.get(name) is None]:
+        raise ValueError(f"a sweep needs {', '.join(missing)}; include a sweeps/*.gin")
+    for name in ("POINTS", "LINES", "TASKS"):
+        value = macros[name]
+        good = isinstance(value, Mapping) and all(
+            isinstance(settings, Sequence) and not isinstance(settings, str)
+            for settings in value.values()
+        )
+        if not good or not value:
+            raise ValueError(
+                f"{name} is {value!r}, expected {{'a name': ['file.gin', 'NAME=value', …], …}}"
+            )
+    seeds = macros["SEEDS"]
+    if not isinstance(seeds, Sequence) or not seeds or not all(type(s) is int for s in seeds):
+        raise ValueError(f"SEEDS is {seeds!r}, expected a list of integers such as [0, 1, 2]")
+    named = {k: v for k, v in macros.items() if isinstance(v, str | os.PathLike)}
+
+    def filled(settings: Settings) -> Settings:
+        # `{FAMILY}/pretrain` takes the value of the macro FAMILY.
+        def fill(setting: str) -> str:
+            return re.sub(r"\{([A-Z_]+)\}", lambda m: str(named.get(m[1], m[0])), setting)
+
+        return {str(name): [fill(s) for s in found] for name, found in settings.items()}
+
+    return Spec(
+        pathlib.Path(macros["SWEEP_DIR"]),
+        macros["TITLE"],
+        macros["AXIS"],
+        filled(macros["POINTS"]),
+        filled(macros["LINES"]),
+        filled(macros["TASKS"]),
+        seeds,
+    )
+
+
+def runs(spec: Spec) -> Iterator[Run]:
+    """All runs, a whole seed before the next: an unfinished sweep already shows every point."""
+    for seed in spec.seeds:
+        for task, of_task in spec.tasks.items():
+            for point, of_point in spec.points.items():
+                for line, of_line in spec.lines.items():
+                    names = [re.sub(r"[^\w.+-]+", "_", n) for n in (line, point, task) if n]
+                    folder = spec.folder.joinpath("runs", *names, str(seed))
+                    settings = [*of_line, *of_point, f"MIXTURE_OR_TASK_NAME={task}", *of_task]
+                    settings += [f"SEED={seed}"]
+                    yield Run(line, point, task, seed, settings, folder)
+
+
+def sweep(
+    files: Sequence[str],
+    bindings: Sequence[tuple[str, str]] = (),
+    search_paths: Sequence[str] = (),
+) -> bool:
+    """Runs what is not finished yet, and writes results after every run.
+
+    Writes `results.csv` (a row per run), `summary.csv` and `table.md` (mean and sample standard
+    deviation over seeds) and `plot.png` to SWEEP_DIR. Returns False if SIGTERM stopped it.
+    """
+    config.parse(files, bindings, search_paths)
+    spec = read(config.macros())
+    planned = list(runs(spec))
+    outcomes, spent = [], []
+    for number, run in enumerate(planned, 1):
+        binary = _configure(run, files, bindings, search_paths)
+        if found := _finished(run):
+            outcomes.append(found)
+            continue
+        left = ""
+        if spent:
+            left = f", about {duration(np.mean(spent) * (len(planned) - number + 1))} left"
+        say(f"--- run {number}/{len(planned)}: {run}{left}")
+        outcome = _do(run, binary)
+        jax.clear_caches()
+        if outcome is None:
+            say(f"stopped during {run}; the same command goes on from here")
+            return False
+        outcomes.append(outcome)
+        spent.append(outcome.seconds)
+        write(spec, outcomes)
+    table = write(spec, outcomes)
+    say(f"{table}\n{len(outcomes)} runs in {spec.folder}: results.csv, summary.csv, plot.png")
+    return True
+
+
+def _configure(run: Run, files, bindings, search_paths) -> str:
+    """Makes gin's configuration that of the run; returns the binary that it configures."""
+    extra = [s for s in run.settings if s.endswith(".gin") and "=" not in s]
+    own = [tuple(s.split("=", 1)) for s in run.settings if s not in extra]
+    if bad := [pair for pair in own if len(pair) != 2]:
+        raise ValueError(f"{run}: {bad[0][0]!r} is neither a .gin file nor NAME=value")
+    # What the command line says holds for every run: over the files, but not over the points.
+    files, bindings = [*files, *extra], [*bindings, *own]
+    config.parse(files, bindings, search_paths, complete=False)
+    binary = config.macros().get("BINARY")
+    if binary not in BINARIES:
+        raise ValueError(f"{run}: BINARY is {binary!r}, expected one of {', '.join(BINARIES)}")
+    config.parse(files, [*bindings, (OUTPUT[binary], str(run.folder))], search_paths)
+    return binary
+
+
+def _identity() -> str:
+    """A digest of the configuration, less where it is written to."""
+    text = config.operative().replace("\\\n    ", "")
+    places = ("SWEEP_DIR", *OUTPUT.values())
+    lines = [x for x in text.splitlines() if not x.startswith(places)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _finished(run: Run) -> Outcome | None:
+    path = run.folder / "result.json"
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text())
+    if found["configuration"] != _identity():
+        raise ValueError(
+            f"{str(run.folder)!r} was made by another configuration than {run} has now; use "
+            f"another SWEEP_DIR, or delete that folder"
+        )
+    score = math.nan if found["score"] is None else found["score"]
+    return Outcome(run, score, found["figures"], found["seconds"])
+
+
+def _do(run: Run, binary: str) -> Outcome | None:
+    """Does one run; None if it was interrupted. A diverged one has no figures, and no score."""
+    identity = _identity()
+    best_metric = config.macros().get("BEST_METRIC")
+    began = time.monotonic()
+    figures: Mapping[str, float]
+    try:
+        with config.errors():
+            found = config.configured(getattr(launch, binary))()
+    except training.Diverged as error:
+        say(f"{run}: {error}")
+        figures = {}
+    except ValueError as error:
+        raise ValueError(f"{run}: {error}") from None
+    else:
+        if binary == "train" and found.interrupted:
+            return None
+        figures = found.metrics if binary == "train" else found
+    score = training.choose_metric(figures, best_metric) if figures else None
+    seconds = time.monotonic() - began
+    record = {"score": score, "figures": figures, "seconds": seconds, "configuration": identity}
+    checkpoint.write_atomically(run.folder / "result.json", json.dumps(record, indent=2).encode())
+    return Outcome(run, math.nan if score is None else score, figures, seconds)
+
+
+# --- results ------------------------------------------------------------------------------------
+
+
+def summary(spec: Spec, outcomes: Sequence[Outcome]) -> dict[tuple[str, str, str], list[float]]:
+    """Scores over seeds by (line, point, task); the task 'mean' is the mean over all tasks.
+
+    A seed counts for the mean once all of its tasks are there.
+    """
+    scores = {(o.run.line, o.run.point, o.run.task, o.run.seed): o.score for o in outcomes}
+    found: dict[tuple[str, str, str], list[float]] = {}
+    for line in spec.lines:
+        for point in spec.points:
+            means = []
+            for seed in spec.seeds:
+                of_seed = [scores.get((line, point, task, seed)) for task in spec.tasks]
+                for task, score in zip(spec.tasks, of_seed, strict=True):
+                    if score is not None:
+                        found.setdefault((line, point, task), []).append(score)
+                if None not in of_seed:
+                    means.append(float(np.mean(of_seed)))
+            if means and len(spec.tasks) > 1:
+                found[line, point, MEAN] = means
+    return found
+
+
+def deviation(scores: Sequence[float]) -> float:
+    """Sample standard deviation (0 for a single score)."""
+    return float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0
+
+
+def _csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> bytes:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def write(spec: Spec, outcomes: Sequence[Outcome]) -> str:
+    """Writes the results' files; returns the table."""
+    rows = [
+        (
+            o.run.line, o.run.point, o.run.task, o.run.seed, f"{o.score:.2f}",
+            json.dumps(dict(o.figures)), f"{o.seconds:.0f}",
+        )
+        for o in outcomes
+    ]  # fmt: skip
+    header = ("line", "point", "task", "seed", "score", "figures", "seconds")
+    checkpoint.write_atomically(spec.folder / "results.csv", _csv(header, rows))
+    found = summary(spec, outcomes)
+    rows = [(*key, f"{np.mean(s):.2f}", f"{deviation(s):.2f}", len(s)) for key, s in found.items()]
+    header = ("line", "point", "task", "mean", "standard_deviation", "seeds")
+    checkpoint.write_atomically(spec.folder / "summary.csv", _csv(header, rows))
+    text = table(spec, found)
+    checkpoint.write_atomically(spec.folder / "table.md", text.encode())
+    plot(spec, found, spec.folder / "plot.png")
+    return text
+
+
+def _columns(spec: Spec) -> list[str]:
+    return [*spec.tasks, *([MEAN] if len(spec.tasks) > 1 else [])]
+
+
+def table(spec: Spec, found: Mapping[tuple[str, str, str], Sequence[float]]) -> str:
+    """A Markdown table: a row per line and point, a column per task."""
+    columns = _columns(spec)
+    named = any(spec.lines)
+    lines = [
+        "| " + " | ".join([*([""] if named else []), spec.axis, *columns]) + " |",
+        "| " + " | ".join(["---"] * (len(columns) + 1 + named)) + " |",
+    ]
+    for line in spec.lines:
+        for point in spec.points:
+            cells = []
+            for task in columns:
+                scores = found.get((line, point, task))
+                cell = "" if scores is None else f"{np.mean(scores):.1f} ± {deviation(scores):.1f}"
+                cells.append(cell)
+            lines.append("| " + " | ".join([*([line] if named else []), point, *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(
+    spec: Spec, found: Mapping[tuple[str, str, str], Sequence[float]], path: pathlib.Path
+) -> None:
+    """Score over the sweep's axis with the deviation over seeds, as the paper's figures 1 and 3.
+
+    Several lines are drawn by their mean over tasks, a single one by its tasks and their mean.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    last = _columns(spec)[-1]
+    if len(spec.lines) > 1:
+        curves = [(line, line, last) for line in spec.lines]
+    else:
+        [line] = spec.lines
+        curves = [(task, line, task) for task in _columns(spec)]
+    try:
+        places = [float(point) for point in spec.points]
+        numeric = len(places) > 1
+    except ValueError:
+        numeric = False
+    if not numeric:
+        places = list(range(len(spec.points)))
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for label, line, task in curves:
+        kept = [
+            (x, found[line, point, task])
+            for x, point in zip(places, spec.points, strict=True)
+            if (line, point, task) in found
+        ]
+        if not kept:
+            continue
+        axes.errorbar(
+            [x for x, _ in kept],
+            [np.mean(s) for _, s in kept],
+            [deviation(s) for _, s in kept],
+            label=label,
+            marker="o",
+            capsize=3,
+            linewidth=2.5 if task == MEAN else 1.5,
+            linestyle="-" if numeric or len(spec.points) > 1 else "none",
+            color="black" if task == MEAN and len(curves) > 1 and line == curves[0][1] else None,
+        )
+    if numeric:
+        # 0 (no prompt, no adaptation) has a place on it too.
+        axes.set_xscale("symlog", linthresh=max(min(x for x in places if x > 0), 1e-9))
+    axes.set_xticks(places, list(spec.points), rotation=0 if numeric else 20)
+    axes.minorticks_off()
+    axes.set(xlabel=spec.axis, ylabel="score", title=spec.title)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=150)
+    plt.close(figure)
+    checkpoint.write_atomically(path, data.getvalue())
