@@ -59,6 +59,27 @@ def _import_tensorflow() -> None:
                 sys.stderr.write(held.read().decode(errors="replace"))
 
 
+def _keep_memory() -> None:
+    """Tells glibc to keep freed memory instead of returning it to the kernel.
+
+    XLA's CPU client frees and allocates a step's temporaries at every step: by default each time
+    from fresh pages, whose faults took a quarter of a pre-training step.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    import ctypes
+
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return  # Another C library.
+    trim_threshold, top_pad, mmap_max, arena_max = -1, -2, -4, -8  # malloc.h
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(top_pad, 2**26)
+    mallopt(mmap_max, 0)
+    mallopt(arena_max, 1)
+
+
 def _use_compilation_cache() -> None:
     """Compiled programs are kept between runs, in SOFTPROMPT_CACHE_DIR or the user's cache."""
     import jax
@@ -112,6 +133,13 @@ def parser() -> argparse.ArgumentParser:
     words.add_argument("--output", required=True)
     words.add_argument("--size", type=int, default=8000)
     words.add_argument("--sentences", type=int, default=250_000)
+    table = commands.add_parser("embeddings", help="token embeddings from co-occurrence counts")
+    table.add_argument("inputs", nargs="+", help="JSON Lines files with a field 'text'")
+    table.add_argument("--vocabulary_file", required=True)
+    table.add_argument("--output", required=True, help="a .npy file")
+    table.add_argument("--width", type=int, required=True, help="H of the model to start")
+    table.add_argument("--window", type=int, default=8, help="largest distance that counts")
+    table.add_argument("--seed", type=int, default=0)
     inspect = commands.add_parser("inspect", help="print what a prompt or backbone says of itself")
     inspect.add_argument("path", help="a prompt or a backbone in any format, or 'embedded'")
     inspect.add_argument("--backbone", help="show a prompt's nearest tokens in this backbone")
@@ -208,6 +236,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"softprompt {args.command} takes no --gin flags")
         _use_compilation_cache()
         if args.command in GIN_COMMANDS:
+            _keep_memory()
+        if args.command in GIN_COMMANDS:
             return _run_gin(args, bindings)
         if args.command == "quickstart":
             from softprompt import quickstart
@@ -218,6 +248,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             vocabulary.train(args.inputs, args.output, args.size, args.sentences)
             print(f"{args.size} pieces in {args.output}")
+            return 0
+        if args.command == "embeddings":
+            from softprompt import cooccurrence
+
+            made = cooccurrence.make(
+                args.inputs, args.vocabulary_file, args.output, args.width, args.window, args.seed
+            )
+            print(f"embeddings {made.shape} in {args.output}")
             return 0
         from softprompt import convert
 

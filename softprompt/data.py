@@ -370,6 +370,13 @@ def from_task(task: Any, split: str, lengths: Mapping[str, int]) -> Examples:
     return make_examples(task.name, inputs, targets, records, lengths)
 
 
+def prefix_targets(examples: Examples, prefix: Sequence[int]) -> Examples:
+    """The examples with the ids `prefix` before every target."""
+    front = np.array(prefix, np.int32)
+    targets = [np.concatenate([front, x]) for x in examples.targets]
+    return dataclasses.replace(examples, targets=targets)
+
+
 def first_examples(task: Any, split: str, lengths: Mapping[str, int], count: int) -> Examples:
     """The first `count` examples of a split too large for memory, always the same ones."""
     dataset = task.get_dataset(sequence_length=dict(lengths), split=split, shuffle=False, seed=0)

@@ -93,9 +93,14 @@ def from_pairs(examples: data.Examples, labels: Sequence[str] | None) -> EvalTas
     return EvalTask(examples, labels, judge)
 
 
-def encode_labels(labels: Sequence[str], vocabulary: Vocabulary) -> np.ndarray:
-    """Label ids `[C, L]` with EOS, padded with 0. Labels with the same ids are an error."""
-    rows = [np.array([*vocabulary.encode(text), EOS_ID], np.int32) for text in labels]
+def encode_labels(
+    labels: Sequence[str], vocabulary: Vocabulary, prefix: Sequence[int] = ()
+) -> np.ndarray:
+    """Label ids `[C, L]` behind `prefix` and with EOS, padded with 0.
+
+    Labels with the same ids are an error.
+    """
+    rows = [np.array([*prefix, *vocabulary.encode(text), EOS_ID], np.int32) for text in labels]
     seen: dict[tuple[int, ...], str] = {}
     for text, ids in zip(labels, rows, strict=True):
         key = tuple(ids.tolist())
@@ -110,6 +115,7 @@ def training_labels(
     parts: Sequence[data.Examples],
     labels: Sequence[Sequence[str] | None],
     vocabulary: Vocabulary,
+    prefix: Sequence[int] = (),
 ) -> np.ndarray | None:
     """Label ids `[C, L]` to train `parts` by, or None for the loss 'tokens'.
 
@@ -117,6 +123,7 @@ def training_labels(
       loss: 'tokens' (of the target text) or 'labels' (the right label among the labels).
       labels: those of each of `parts`. For the loss 'labels' they must be the same everywhere, and
         every target must be one of them.
+      prefix: ids before every target.
     """
     if loss not in (TOKENS, LABELS):
         raise ValueError(f"LOSS is {loss!r}, expected {TOKENS!r} or {LABELS!r}")
@@ -130,7 +137,7 @@ def training_labels(
                 f"LOSS is {LABELS!r}, but {parts[0].name} has the labels {list(labels[0])} and "
                 f"{part.name} {list(own)}"
             )
-    ids = encode_labels(labels[0], vocabulary)
+    ids = encode_labels(labels[0], vocabulary, prefix)
     known = {tuple(row[row > 0].tolist()) for row in ids}
     for part in parts:
         for i, target in enumerate(part.targets):
@@ -151,6 +158,7 @@ class Predictor:
       mode: 'generate' decodes text, 'rank' picks the likeliest of the task's labels.
       beams: beam search with so many beams; 1 is greedy.
       temperature, top_k, top_p: sampling, when temperature > 0.
+      prefix: ids before every target, which are no part of a predicted text.
     """
 
     def __init__(
@@ -165,6 +173,7 @@ class Predictor:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
+        prefix: Sequence[int] = (),
     ):
         if mode not in (GENERATE, RANK):
             raise ValueError(f"EVAL_MODE is {mode!r}, expected {GENERATE!r} or {RANK!r}")
@@ -174,6 +183,7 @@ class Predictor:
             )
         self.backbone = backbone
         self.mode = mode
+        self.prefix = list(prefix)
         # A batch is split over the mesh's data axis.
         self.batch_size = data.round_up(batch_size, backbone.mesh.shape["data"])
         self.slots = slots(backbone.cfg.vocab_size, prompt_length)
@@ -209,12 +219,14 @@ class Predictor:
             key = jax.random.fold_in(self._key, number)
             ids = np.asarray(self._generate(flat, batch["encoder_ids"], key))
             for i, row in zip(indices, ids, strict=False):
+                if row[: len(self.prefix)].tolist() == self.prefix:
+                    row = row[len(self.prefix) :]
                 texts[i] = self.backbone.vocabulary.decode(row)
         return texts
 
     def score(self, flat: tree.Flat, examples: data.Examples, labels: Sequence[str]) -> np.ndarray:
         """Log-likelihood `[examples, C]` of each label."""
-        label_ids = jnp.asarray(encode_labels(labels, self.backbone.vocabulary))
+        label_ids = jnp.asarray(encode_labels(labels, self.backbone.vocabulary, self.prefix))
         scores = np.zeros((len(examples), len(labels)), np.float32)
         for indices, batch in self._batches(examples):
             found = np.asarray(self._score(flat, batch["encoder_ids"], label_ids))

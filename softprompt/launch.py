@@ -21,6 +21,7 @@ from softprompt import (
     baselines,
     checkpoint,
     config,
+    cooccurrence,
     data,
     evaluation,
     optim,
@@ -136,6 +137,7 @@ def train(
     initial_checkpoint_path: str | None = None,
     architecture: str | None = None,
     vocabulary_file: str | None = None,
+    embeddings_file: Path | None = None,
     mixture_or_task_module: str | Sequence[str] | None = "softprompt.tasks.registry",
     user_data: UserData | None = None,
     text_corpus: Path | None = None,
@@ -162,20 +164,23 @@ def train(
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
     loss: str = evaluation.TOKENS,
+    target_sentinel: bool = False,
     backbone_name: str | None = None,
     backbone_dtype: str = "float32",
     backbone_steps: Sequence[int] = (),
 ) -> training.Result:
     """Trains a prompt (or whatever `trainable` names) on a seqio task or mixture.
 
-    `text_corpus` is the folder of text shards of the pre-training tasks. With `stream`, batches
-    are read as they are needed (pre-training text) and the evaluation is the loss on the first
-    `eval_examples` of `eval_split`; else examples lie in memory, packed into rows of `pack_length`
-    tokens if that is not 0 (see `data.Packing`), and the task's own metrics are
+    A random backbone may start from the token embeddings of `embeddings_file` (`softprompt
+    embeddings`). `text_corpus` is the folder of text shards of the pre-training tasks. With
+    `stream`, batches are read as they are needed (pre-training text) and the evaluation is the loss
+    on the first `eval_examples` of `eval_split`; else examples lie in memory, packed into rows of
+    `pack_length` tokens if that is not 0 (see `data.Packing`), and the task's own metrics are
     evaluated. `loss` is that of the target 'tokens' or that of the right one among the task's
-    'labels'. A trained backbone is stored as `backbone_name` in `backbone_dtype`, and once more as
-    it was at each of `backbone_steps` (multiples of `eval_period`). Writes to `model_dir` what the
-    README lists.
+    'labels', behind the first sentinel with `target_sentinel` (Lester et al. 2021, section 3.3:
+    what span corruption taught a backbone to begin with). A trained backbone is stored as
+    `backbone_name` in `backbone_dtype`, and once more as it was at each of `backbone_steps`
+    (multiples of `eval_period`). Writes to `model_dir` what the README lists.
     """
     began = time.monotonic()
     _check_settings(
@@ -198,6 +203,11 @@ def train(
         initial_checkpoint_path, architecture, vocabulary_file, devices, dtype, dropout_rate, seed
     )
     vocabulary = _use_vocabulary(backbone)
+    prefix = [vocabulary.sentinel(0)] if target_sentinel else []
+    if embeddings_file is not None:
+        params = cooccurrence.start_from(backbone.params, embeddings_file)
+        fingerprint = tree.fingerprint(params)
+        backbone = dataclasses.replace(backbone, params=params, fingerprint=fingerprint)
     if text_corpus is not None:
         from softprompt.tasks import pretraining
 
@@ -227,7 +237,10 @@ def train(
             for task, _ in tasks
         ]
     else:
-        parts = [data.from_task(task, "train", task_feature_lengths) for task, _ in tasks]
+        parts = [
+            data.prefix_targets(data.from_task(task, "train", task_feature_lengths), prefix)
+            for task, _ in tasks
+        ]
         for part in parts:
             if message := data.cut_message(part, task_feature_lengths):
                 say(message)
@@ -250,7 +263,7 @@ def train(
         evaluation.check_metric(best_metric, held_out)
     if pack_length and loss != evaluation.TOKENS:
         raise ValueError(f"PACK_LENGTH is for the LOSS {evaluation.TOKENS!r}, got {loss!r}")
-    label_ids = evaluation.training_labels(loss, parts, class_labels, vocabulary)
+    label_ids = evaluation.training_labels(loss, parts, class_labels, vocabulary, prefix)
     predictor = evaluation.Predictor(
         backbone,
         prompt_length,
@@ -258,6 +271,7 @@ def train(
         eval_batch_size,
         decode_length=task_feature_lengths["targets"],
         seed=seed,
+        prefix=prefix,
     )
 
     def save_backbone(path: pathlib.Path, params: tree.Flat, note: dict[str, Any]) -> str:
@@ -287,6 +301,7 @@ def train(
         "prompt_length": prompt_length,
         "initialisation": getattr(prompt_init, "__name__", str(prompt_init)),
         "loss": loss,
+        **({"target_sentinel": True} if target_sentinel else {}),
         "seed": seed,
     }
 

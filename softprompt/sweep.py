@@ -140,9 +140,16 @@ def sweep(
     Writes `results.csv` (a row per run), `summary.csv` and `table.md` (mean and sample standard
     deviation over seeds) and `plot.png` to SWEEP_DIR. Returns False if SIGTERM stopped it.
     """
-    config.parse(files, bindings, search_paths)
+    config.parse(files, (), search_paths, complete=False)
+    config.parse(files, _known(bindings), search_paths)
     spec = read(config.macros())
     planned = list(runs(spec))
+    known = set()
+    for run in planned:
+        _configure(run, files, bindings, search_paths)
+        known |= set(config.macros())
+    if odd := [name for name, _ in bindings if "." not in name and name not in known]:
+        raise ValueError(f"--gin.{odd[0]}: no run of this sweep knows the name {odd[0]!r}")
     outcomes, spent = [], []
     for number, run in enumerate(planned, 1):
         binary = _configure(run, files, bindings, search_paths)
@@ -172,14 +179,22 @@ def _configure(run: Run, files, bindings, search_paths) -> str:
     own = [tuple(s.split("=", 1)) for s in run.settings if s not in extra]
     if bad := [pair for pair in own if len(pair) != 2]:
         raise ValueError(f"{run}: {bad[0][0]!r} is neither a .gin file nor NAME=value")
-    # What the command line says holds for every run: over the files, but not over the points.
-    files, bindings = [*files, *extra], [*bindings, *own]
+    # What the command line says holds for every run that knows the name: over the files, but not
+    # over the points.
+    files = [*files, *extra]
+    config.parse(files, (), search_paths, complete=False)
+    bindings = [*_known(bindings), *own]
     config.parse(files, bindings, search_paths, complete=False)
-    binary = config.macros().get("BINARY")
+    binary = config.macros()["BINARY"]
     if binary not in BINARIES:
         raise ValueError(f"{run}: BINARY is {binary!r}, expected one of {', '.join(BINARIES)}")
     config.parse(files, [*bindings, (OUTPUT[binary], str(run.folder))], search_paths)
     return binary
+
+
+def _known(bindings: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Those whose names the configuration has."""
+    return [(name, value) for name, value in bindings if "." in name or name in config.macros()]
 
 
 def _identity() -> str:

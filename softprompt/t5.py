@@ -82,7 +82,7 @@ def _t5_1_0(emb_dim, num_heads, layers, head_dim, mlp_dim) -> T5Config:
 
 
 # H, heads, layers, head width, MLP width. Raffel et al. 2020, section 3.7, and the released
-# configurations of T5 and T5 1.1. The embedded backbone is this project's own.
+# configurations of T5 and T5 1.1. The three with a small vocabulary are this project's own family.
 SIZES = {
     "t5_1_1_small": _t5_1_1(512, 6, 8, 64, 1024),
     "t5_1_1_base": _t5_1_1(768, 12, 12, 64, 2048),
@@ -94,7 +94,9 @@ SIZES = {
     "t5_large": _t5_1_0(1024, 16, 24, 64, 4096),
     "t5_xl": _t5_1_0(1024, 32, 24, 128, 16384),
     "t5_xxl": _t5_1_0(1024, 128, 24, 128, 65536),
+    "t5_1_1_nano": _t5_1_1(128, 2, (4, 2), 64, 256, vocab_size=8192),
     "t5_1_1_embedded": _t5_1_1(256, 4, (4, 2), 64, 512, vocab_size=8192),
+    "t5_1_1_mini": _t5_1_1(512, 6, (6, 2), 64, 1024, vocab_size=8192),
 }
 
 

@@ -24,6 +24,11 @@ def use_vocabulary(path: str | os.PathLike | None) -> None:
     _path = None if path is None else str(path)
 
 
+def vocabulary_path() -> str:
+    """What `use_vocabulary` named last, as `softprompt.vocabulary.open_vocabulary` takes it."""
+    return _path or str(EMBEDDED)
+
+
 @functools.lru_cache(maxsize=8)
 def _load(path: str) -> seqio.Vocabulary:
     if path == ByteVocabulary.BYTES:
@@ -39,7 +44,7 @@ class BackboneVocabulary(seqio.Vocabulary):
 
     @property
     def target(self) -> seqio.Vocabulary:
-        return _load(_path or str(EMBEDDED))
+        return _load(vocabulary_path())
 
     @property
     def bos_id(self):

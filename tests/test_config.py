@@ -29,7 +29,10 @@ COMMANDS = {
     "runs/model_finetune.gin": "train",
     "runs/baseline.gin": "baseline",
     "runs/pretrain.gin": "train",
+    "runs/pretrain_small.gin": "train",
     "runs/lm_adapt.gin": "train",
+    "runs/lm_adapt_small.gin": "train",
+    "runs/choice_adapt.gin": "train",
     "runs/prompt_eval.gin": "eval",
     "runs/prompt_infer.gin": "infer",
 }

@@ -187,6 +187,54 @@ def tokens_of(values):
     return tf.constant(values)
 
 
+@pytest.fixture
+def written_corpus(tmp_path):
+    """Two splits of made-up text, long enough for a group of the choice task."""
+    words = "river mountain letter window garden captain science village winter summer".split()
+    rng = np.random.default_rng(0)
+    for split in ("train", "validation"):
+        with open(tmp_path / f"{split}.jsonl", "w") as file:
+            for _ in range(8):
+                text = " ".join(rng.choice(words, 800))
+                file.write(json.dumps({"text": text}) + "\n")
+    from softprompt.tasks import pretraining
+
+    pretraining.use_corpus(tmp_path)
+    yield tmp_path
+    pretraining.use_corpus(None)
+
+
+def test_the_choice_task_asks_for_words_of_the_text(written_corpus, vocabulary):
+    import itertools
+
+    import seqio
+
+    from softprompt.tasks import pretraining
+
+    task = seqio.get_mixture_or_task("pretrain_choice")
+    ahead, lengths = pretraining.AHEAD, {"inputs": 64, "targets": 8}
+    found = list(
+        itertools.islice(
+            task.get_dataset(lengths, "train", shuffle=True, seed=0).as_numpy_iterator(), 64
+        )
+    )
+    sentinel, with_sentinel, counts = vocabulary.sentinel(0), 0, set()
+    content = pretraining.content_words(vocabulary)
+    for x in found:
+        inputs, targets = x["inputs"], x["targets"]
+        assert len(inputs) <= 64 and inputs[-1] == targets[-1] == 1 and ahead
+        answers = targets[:-1].tolist()
+        # The answers are options, in the options' order, and content words.
+        options = inputs[: pretraining.MOST_OPTIONS].tolist()
+        assert [i for i in options if i in answers][: len(answers)] == answers
+        assert content[answers].all() and len(inputs) > len(answers) + 2
+        with_sentinel += sentinel in inputs
+        counts.add(len(answers))
+    assert 5 < with_sentinel < 40 and counts == {1, 2, 3, 4}
+    with pytest.raises(ValueError, match="choice task makes up to 5 targets"):
+        task.get_dataset({"inputs": 64, "targets": 3}, "train", shuffle=False)
+
+
 def test_pretraining_reads_a_corpus(corpus):
     import itertools
 

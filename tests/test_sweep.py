@@ -1,0 +1,101 @@
+"""Sweeps: points, lines, tasks and seeds in one command; resumed, summarised, plotted."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from softprompt import config, sweep
+from softprompt.__main__ import main
+
+SWEEPS = [f for f in config.shipped() if f.startswith("sweeps/") and "common" not in f]
+MODEL = "models/t5_1_1_embedded.gin"
+
+
+@pytest.mark.parametrize("file", SWEEPS)
+def test_every_run_of_every_sweep_resolves(file):
+    files, bindings = [MODEL, file], [("SWEEP_DIR", "/tmp/s"), ("FAMILY", "family")]
+    if "FAMILY" not in open(config.GIN_FOLDER / file).read():
+        bindings.pop()
+    config.parse(files, bindings)
+    spec = sweep.read(config.macros())
+    planned = list(sweep.runs(spec))
+    assert len(planned) == (len(spec.points) * len(spec.lines) * len(spec.tasks) * len(spec.seeds))
+    assert len({run.folder for run in planned}) == len(planned)
+    identities = set()
+    for run in planned:
+        assert sweep._configure(run, files, bindings, []) in sweep.BINARIES
+        assert config.macros()["SEED"] == run.seed
+        identities.add(sweep._identity())
+    assert len(identities) == len(planned)
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A sweep of two points and two lines, as flags."""
+    (tmp_path / "small.gin").write_text(
+        """
+include 'sweeps/common.gin'
+TITLE = 'Small'
+AXIS = 'prompt length'
+POINTS = {'1': ['EVAL_BATCH_SIZE=8'], '3': ['EVAL_BATCH_SIZE=16']}
+LINES = {
+  'tuned': ['runs/prompt_classify.gin', 'PROMPT_LENGTH=2', 'TRAIN_STEPS=2'],
+  'majority': ['runs/baseline.gin', 'METHOD=majority', 'BINARY=baseline'],
+}
+TASKS = {'embedded_sentiment': ["TASK_FEATURE_LENGTHS={'inputs': 32, 'targets': 8}"]}
+SEEDS = [0, 1]
+"""
+    )
+    return [
+        f"--gin_file={MODEL}", "--gin_file=small.gin", f"--gin_search_paths={tmp_path}",
+        f"--gin.SWEEP_DIR={tmp_path / 'out'}", "--gin.BATCH_SIZE=4",
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_resumes_and_reports(tmp_path, small, capsys, monkeypatch):
+    # Its first attempt is cut off in the third run.
+    real, calls = sweep._do, []
+
+    def cut(run, binary):
+        calls.append(run)
+        return None if len(calls) == 3 else real(run, binary)
+
+    monkeypatch.setattr(sweep, "_do", cut)
+    assert main(["sweep", *small]) == 0
+    assert "the same command goes on from here" in capsys.readouterr().out
+    assert main(["sweep", *small]) == 0
+    out = tmp_path / "out"
+    rows = list(csv.DictReader(open(out / "results.csv")))
+    # Eight runs; only the one that was cut off was begun twice.
+    assert len(rows) == 8 and len(calls) == 9
+    scores = [float(r["score"]) for r in rows if r["line"] == "tuned" and r["point"] == "3"]
+    [summary] = [
+        r
+        for r in csv.DictReader(open(out / "summary.csv"))
+        if r["line"] == "tuned" and r["point"] == "3"
+    ]
+    assert float(summary["mean"]) == pytest.approx(np.mean(scores), abs=0.01)
+    assert float(summary["standard_deviation"]) == pytest.approx(np.std(scores, ddof=1), abs=0.01)
+    assert {r["score"] for r in rows if r["line"] == "majority"} == {"50.00"}
+    assert "| tuned | 3 | " in (out / "table.md").read_text()
+    assert (out / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["sweep", *small, "--gin.BATCH_SISE=8"]) == 2
+    assert "no run of this sweep knows the name 'BATCH_SISE'" in capsys.readouterr().err
+    # A run by other settings is not taken for this one's.
+    assert main(["sweep", *small, "--gin.LEARNING_RATE=0.2"]) == 2
+    assert "was made by another configuration" in capsys.readouterr().err
+    assert json.loads(next(out.rglob("result.json")).read_text())["seconds"] > 0
+
+
+def test_a_malformed_sweep_is_one_sentence():
+    with pytest.raises(ValueError, match="a sweep needs SWEEP_DIR, TITLE"):
+        sweep.read({})
+    good = dict(SWEEP_DIR="x", TITLE="t", AXIS="a", POINTS={"1": ["A=1"]}, LINES={"": ["B=2"]},
+                TASKS={"t": []}, SEEDS=[0])  # fmt: skip
+    assert sweep.read(good).seeds == [0]
+    for name, bad in (("POINTS", {"1": "A=1"}), ("LINES", {}), ("SEEDS", ["0"])):
+        with pytest.raises(ValueError, match=f"{name} is .*expected"):
+            sweep.read({**good, name: bad})
