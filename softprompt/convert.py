@@ -218,4 +218,6 @@ def _describe(stored: Stored) -> Sequence[str]:
         "vocabulary": stored.vocabulary and stored.vocabulary.path,
         "metadata": dict(stored.metadata),
     }
-    return [json.dumps(facts, indent=2, sort_keys=True, default=str)]
+    card = pathlib.Path(stored.where).parent / native.CARD_FILE
+    lines = [card.read_text()] if card.is_file() else []
+    return [*lines, json.dumps(facts, indent=2, sort_keys=True, default=str)]

@@ -20,6 +20,8 @@ from softprompt.vocabulary import AnyVocabulary, ByteVocabulary, Vocabulary, ope
 EMBEDDED = pathlib.Path(__file__).parent.parent / "embedded" / "backbone"
 MODEL_FILE = "model.safetensors"
 VOCABULARY_FILE = "spiece.model"
+# What a person should know of a backbone: its data, licences, training and limits.
+CARD_FILE = "MODEL_CARD.md"
 SCALE = ":scale"
 
 
