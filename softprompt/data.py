@@ -40,6 +40,13 @@ class Examples:
     def __len__(self) -> int:
         return len(self.targets)
 
+    def take(self, indices: Sequence[int]) -> "Examples":
+        """The examples at `indices`, in their order."""
+        inputs, targets, records = (
+            [found[i] for i in indices] for found in (self.inputs, self.targets, self.records)
+        )
+        return Examples(self.name, inputs, targets, records, self.cut)
+
 
 def trim(ids: Sequence[int], length: int) -> np.ndarray:
     """Ids with EOS at the end, at most `length` of them."""

@@ -214,8 +214,9 @@ def score_labels(
     """Log-likelihood `[B, C]` of each label (with EOS, padded by 0) for each row.
 
     `label_ids` are `[C, L]`, or `[B, C, L]` where every row has its own; a label of padding alone
-    scores 0. All labels of a row lie in one decoder row as segments, so that cross-attention keys and values
-    are made once per row, not once per label. With the key `dropout`, the model's dropout is on.
+    scores 0. All labels of a row lie in one decoder row as segments, so that cross-attention keys
+    and values are made once per row, not once per label. With the key `dropout`, the model's
+    dropout is on.
     """
     rows = encoder_ids.shape[0]
     count, length = label_ids.shape[-2:]

@@ -195,9 +195,7 @@ class Predictor:
 
         self._generate = jax.jit(generate)
         self._generate_scored = jax.jit(
-            lambda flat, ids: decode.greedy_scored(
-                module, tree.unflatten(flat), ids, decode_length
-            )
+            lambda flat, ids: decode.greedy_scored(module, tree.unflatten(flat), ids, decode_length)
         )
         self._score = jax.jit(
             lambda flat, ids, labels: decode.score_labels(module, tree.unflatten(flat), ids, labels)
@@ -246,14 +244,14 @@ class Predictor:
     ) -> np.ndarray:
         """Log-likelihood `[examples, C]` of each label.
 
-        `labels` are those of every example, or a list with the labels of each prompt; C is then the
-        most that one has, and what an example lacks scores -inf.
+        `labels` are those of all examples, or a list with those of each one; C is then the most
+        that one has, and what an example lacks scores -inf.
         """
         vocabulary = self.backbone.vocabulary
         shared = isinstance(labels[0], str)
-        sets = [labels] if shared else labels
-        if not shared and which is None:
-            raise ValueError("labels of each prompt need to know which prompt is whose")
+        given = [tuple(labels)] if shared else [tuple(own) for own in labels]
+        sets = list(dict.fromkeys(given))
+        of_example = np.array([sets.index(own) for own in given])
         encoded = [encode_labels(own, vocabulary) for own in sets]
         count, length = (max(ids.shape[axis] for ids in encoded) for axis in (0, 1))
         label_ids = np.zeros((len(sets), count, length), np.int32)
@@ -264,13 +262,12 @@ class Predictor:
             ids = jnp.asarray(label_ids[0])
             if not shared:
                 of_rows = np.zeros((self.batch_size, count, length), np.int32)
-                of_rows[: len(indices)] = label_ids[np.asarray(which)[indices]]
+                of_rows[: len(indices)] = label_ids[of_example[indices]]
                 ids = jax.device_put(of_rows, self._rows)
             found = np.asarray(self._score(flat, batch["encoder_ids"], ids))
             scores[indices] = found[: len(indices)]
         if not shared:
-            missing = (label_ids == 0).all(-1)[np.asarray(which)]
-            scores[missing] = -np.inf
+            scores[(label_ids == 0).all(-1)[of_example]] = -np.inf
         return scores
 
     def loss(self, flat: tree.Flat, examples: data.Examples) -> float:
@@ -290,6 +287,33 @@ class Predictor:
             scores = self.score(flat, task.examples, task.labels)
             return [task.labels[i] for i in scores.argmax(-1)], scores
         return self.recognised(self.generate(flat, task.examples), task.labels), None
+
+    def predict_mixed(
+        self,
+        flat: tree.Flat,
+        examples: data.Examples,
+        which: Sequence[int],
+        labels: Sequence[Sequence[str] | None],
+    ) -> list[str]:
+        """A string per example of mixed tasks, each by the prompt that `which` names.
+
+        `labels` are those of each prompt: the likeliest is picked, or a text is generated (None).
+        """
+        found = [""] * len(examples)
+        which = np.asarray(which)
+        ranks = np.array([own is not None for own in labels])[which]
+        ranked, free = np.flatnonzero(ranks), np.flatnonzero(~ranks)
+        if len(ranked):
+            sets = [labels[k] for k in which[ranked]]
+            scores = self.score(flat, examples.take(ranked), sets, which[ranked])
+            for i, own, row in zip(ranked, sets, scores, strict=True):
+                found[i] = own[int(row.argmax())]
+        if len(free):
+            for i, text in zip(
+                free, self.generate(flat, examples.take(free), which[free]), strict=True
+            ):
+                found[i] = text
+        return found
 
     def recognised(self, texts: Sequence[str], labels: Sequence[str] | None) -> list[str]:
         """Generated texts, labels among them spelled as the task spells them."""

@@ -70,11 +70,12 @@ class Member:
         patterns = list(arguments.pop("trainable", ["prompt/.*"]))
         known = {field.name for field in dataclasses.fields(cls)}
         further = [k for k, v in arguments.items() if k not in known and v is not None]
-        if patterns != ["prompt/.*"] or arguments.get("prompt") is None or further:
-            what = f"TRAINABLE {patterns}, " + ("a" if arguments.get("prompt") is not None else "no")
+        if arguments.get("prompt") is None:
+            further.append("no prompt")
+        if patterns != ["prompt/.*"] or further:
             raise ValueError(
-                f"{name}: a population tunes plain prompts, TRAINABLE ['prompt/.*'] alone; got "
-                f"{what} prompt" + "".join(f", {k}" for k in further)
+                f"{name}: a population tunes plain prompts, TRAINABLE ['prompt/.*']; got TRAINABLE "
+                f"{', '.join([str(patterns), *further])}"
             )
         return cls(name, **{k: v for k, v in arguments.items() if k in known})
 
@@ -105,9 +106,7 @@ class _Run:
         self.state = train.init_state({PROMPT: prompt}, member.optimizer, backbone.mesh)
         self.best: dict[str, Any] = {"step": 0, "metric": None, "waited": 0, "metrics": {}}
         folder = member.model_dir
-        if folder is not None and (
-            restored := checkpoint.restore_state(folder, self.state, say)
-        ):
+        if folder is not None and (restored := checkpoint.restore_state(folder, self.state, say)):
             self.state, self.best = restored[0], restored[1]["best"]
             train._check_identity(restored[1]["identity"], dict(member.identity or {}), folder)
             say(f"{member.name}: resuming from step {int(self.state['step'])}")
@@ -290,9 +289,7 @@ class _Group:
         batch = {
             name: np.stack(
                 [
-                    _padded(run.batch[name], shape)
-                    if run in active
-                    else np.zeros(shape, np.int32)
+                    _padded(run.batch[name], shape) if run in active else np.zeros(shape, np.int32)
                     for run in self.runs
                 ]
             )

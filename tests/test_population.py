@@ -21,6 +21,7 @@ SMALL = dataclasses.replace(TINY, num_encoder_layers=1, num_decoder_layers=1)
 def tiny(vocabulary):
     return backbones.random(SMALL, 0, vocabulary, partition.make_mesh(devices=1), "small")
 
+
 TOPICS = [(f"about {word} and more of it", label) for word, label in (
     ("rain", "weather"), ("goals", "sport"), ("snow", "weather"), ("votes", "politics"),
     ("teams", "sport"), ("laws", "politics"),
