@@ -21,8 +21,7 @@ import numpy as np
 import optax
 
 from softprompt import backbone as backbones
-from softprompt import data, evaluation, optim, partition, prompted, train
-from softprompt import ensemble as ensembles
+from softprompt import data, evaluation, optim, partition, prompted, train, voting
 from softprompt import population as populations
 from softprompt import prompt as prompts
 from softprompt.backbone import Backbone
@@ -438,7 +437,7 @@ def ensemble(
     labels: Sequence[str] | None = None,
     max_tokens: int = 64,
     batch_size: int = 32,
-) -> ensembles.Votes:
+) -> voting.Votes:
     """What each of N prompts says of each text, all in shared batches over one backbone.
 
     With `labels` the likeliest is each prompt's vote, without them its greedy text. The result's
@@ -451,7 +450,7 @@ def ensemble(
         backbone, lengths, labels, {**LENGTHS, "targets": max_tokens}, batch_size
     )
     task = evaluation.EvalTask(examples, labels, lambda _: {})
-    return ensembles.collect(predictor, flat, task)
+    return voting.collect(predictor, flat, task)
 
 
 def evaluate(

@@ -23,13 +23,13 @@ from softprompt import (
     checkpoint,
     config,
     data,
-    ensemble,
     evaluation,
     optim,
     partition,
     prompt,
     prompted,
     tree,
+    voting,
 )
 from softprompt import train as training
 from softprompt.backbone import Backbone
@@ -480,7 +480,7 @@ def eval(
 ) -> dict[str, float]:
     """Evaluates a prompt (None: the bare backbone) on a task's split; prints figures as JSON.
 
-    With `prompt_files` all of them vote (see `ensemble`): figures are those of each prompt, of
+    With `prompt_files` all of them vote (see `voting`): figures are those of each prompt, of
     their average, of the best by `best_metric`, and of the ensemble; `measure_cost` compares the
     ensemble's speed with that of separate runs. The majority vote's figures are returned.
     """
@@ -535,7 +535,7 @@ def _ensemble(
     def choose(figures: Mapping[str, float]) -> float:
         return training.choose_metric(figures, best_metric)
 
-    reports = ensemble.evaluate(predictor, flat, tasks, files, choose, folder)
+    reports = voting.evaluate(predictor, flat, tasks, files, choose, folder)
     figures: dict[str, float] = {}
     shared = Shared()
     singles = [
@@ -552,7 +552,7 @@ def _ensemble(
     for task in tasks:
         found = dataclasses.asdict(reports[task.name])
         if singles:
-            found |= ensemble.cost(predictor, flat, singles, task)
+            found |= voting.cost(predictor, flat, singles, task)
         prefix = f"{task.name}/" if len(tasks) > 1 else ""
         figures |= {prefix + name: value for name, value in found["ensemble"].items()}
         say(f"{task.name}, {split}\n{reports[task.name].table()}")

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from softprompt import data, ensemble, evaluation, prompt, train
-from softprompt.ensemble import Votes, vote
+from softprompt import data, evaluation, prompt, train, voting
+from softprompt.voting import Votes, vote
 
 LABELS = ["positive", "negative", "none"]
 
@@ -46,7 +46,7 @@ def test_an_ensemble_is_its_prompts_and_its_file_gives_the_vote_again(tiny, pair
     prompts, task, predictor, flat = made(tiny, pairs, mode)
     names = ["a", "b", "c"]
     choose = lambda figures: train.choose_metric(figures, None)  # noqa: E731
-    report = ensemble.evaluate(predictor, flat, [task], names, choose, tmp_path)["pairs"]
+    report = voting.evaluate(predictor, flat, [task], names, choose, tmp_path)["pairs"]
     for array, figures in zip(prompts, report.prompts, strict=True):
         alone = evaluation.Predictor(tiny, len(array), mode, 8, 3)
         single = evaluation.evaluate(alone, {**tiny.params, train.PROMPT: array}, [task])
@@ -79,6 +79,6 @@ def test_the_cost_is_that_of_both_ways(tiny, pairs):
         (evaluation.Predictor(tiny, (len(x),), "rank", 8, 3), {**tiny.params, train.PROMPT: x})
         for x in prompts[:1]
     ]
-    found = ensemble.cost(predictor, flat, alone, task)
+    found = voting.cost(predictor, flat, alone, task)
     assert set(found) == {"examples_per_second", "examples_per_second_separately"}
     assert all(value > 0 for value in found.values())
