@@ -134,7 +134,7 @@ class _Run:
         """Saves what there is to save, and fetches the result from the device."""
         member, now = self.member, self._trained()
         self.status = status
-        if status != DIVERGED and self.step > self._start:
+        if status in (FINISHED, EARLY) and self.step > self._start:
             self._save_checkpoint()
             if member.save and member.model_dir is not None and not member.evaluate:
                 for name in (str(self.step), "best"):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 
 import jax
 import numpy as np
@@ -128,17 +130,19 @@ class Killed(Exception):
     pass
 
 
-def test_killed_it_ends_as_if_it_had_not_been_and_leaves_what_single_runs_leave(
+def test_stopped_and_killed_it_ends_as_if_it_had_not_been_and_leaves_what_single_runs_leave(
     tiny, pairs, tmp_path
 ):
     def save(path, trained, note):
         path.parent.mkdir(parents=True, exist_ok=True)
         np.save(f"{path}.npy", trained[train.PROMPT])
 
-    def made(folder, kill=None):
+    def made(folder, kill=None, terminate=None):
         def evaluate(flat, step):
             if step == kill:
                 raise Killed
+            if step == terminate:
+                os.kill(os.getpid(), signal.SIGTERM)
             return {"accuracy": float(np.asarray(flat[train.PROMPT]).mean())}
 
         return [
@@ -151,6 +155,8 @@ def test_killed_it_ends_as_if_it_had_not_been_and_leaves_what_single_runs_leave(
         ]  # fmt: skip
 
     whole = population.fit(tiny, made("whole"))
+    stopped = population.fit(tiny, made("killed", terminate=2))
+    assert [(o.status, o.result.step) for o in stopped] == [(population.INTERRUPTED, 3)] * 2
     with pytest.raises(Killed):
         population.fit(tiny, made("killed", kill=4))
     again = population.fit(tiny, made("killed"))
