@@ -1,14 +1,25 @@
 """Ensembles: votes, ties, and figures that the predictions file gives again."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
+from conftest import TINY
 
-from softprompt import data, evaluation, prompt, train, voting
+from softprompt import backbone as backbones
+from softprompt import data, evaluation, partition, prompt, train, voting
 from softprompt.voting import Votes, vote
 
 LABELS = ["positive", "negative", "none"]
+
+# One layer each: what compiles is small.
+SMALL = dataclasses.replace(TINY, num_encoder_layers=1, num_decoder_layers=1)
+
+
+@pytest.fixture(scope="module")
+def tiny(vocabulary):
+    return backbones.random(SMALL, 0, vocabulary, partition.make_mesh(devices=1), "small")
 
 
 def test_the_majority_wins_and_ties_go_to_the_summed_scores():
