@@ -5,6 +5,7 @@ from softprompt.api import (
     Prompt,
     classify,
     embedded_data,
+    ensemble,
     evaluate,
     generate,
     load_backbone,
@@ -12,6 +13,7 @@ from softprompt.api import (
     read_pairs,
     score_labels,
     tune,
+    tune_many,
 )
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "Prompt",
     "classify",
     "embedded_data",
+    "ensemble",
     "evaluate",
     "generate",
     "load_backbone",
@@ -26,4 +29,5 @@ __all__ = [
     "read_pairs",
     "score_labels",
     "tune",
+    "tune_many",
 ]

@@ -7,7 +7,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
-GIN_COMMANDS = ("train", "eval", "infer", "baseline", "sweep")
+GIN_COMMANDS = ("train", "population", "eval", "infer", "baseline", "sweep")
 USER_DATA_FLAGS = {
     "train_file": "TRAIN_FILE",
     "validation_file": "VALIDATION_FILE",
@@ -99,7 +99,8 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, what in (
         ("train", "tune a prompt (or whatever TRAINABLE names) on a task"),
-        ("eval", "evaluate a prompt on a task"),
+        ("population", "tune many prompts in one run: seeds, rates, lengths, tasks"),
+        ("eval", "evaluate a prompt, or an ensemble of prompts, on a task"),
         ("infer", "predict for the rows of a file"),
         ("baseline", "evaluate what prompt tuning is held against: majority, priming, a probe"),
         ("sweep", "train over points, tasks and seeds: gin/sweeps holds the paper's ablations"),
@@ -207,6 +208,11 @@ def _run_gin(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> int:
         from softprompt import sweep
 
         sweep.sweep(args.gin_file, bindings, search_paths)
+        return 0
+    if args.command == "population":
+        from softprompt import members
+
+        members.run(args.gin_file, bindings, search_paths)
         return 0
     config.parse(args.gin_file, bindings, search_paths)
     with config.errors():

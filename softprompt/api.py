@@ -10,6 +10,7 @@ softprompt.classify(backbone, ["Who wrote it?"], data.labels, prompt)
 """
 
 import dataclasses
+import inspect
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,8 @@ import numpy as np
 import optax
 
 from softprompt import backbone as backbones
-from softprompt import data, evaluation, optim, partition, prompted, train
+from softprompt import data, evaluation, optim, partition, prompted, train, voting
+from softprompt import population as populations
 from softprompt import prompt as prompts
 from softprompt.backbone import Backbone
 from softprompt.tree import Flat
@@ -174,7 +176,88 @@ def tune(
     Returns:
       The prompt of the best validation, or of the last step without `validation_data`.
     """
-    examples, judged = _examples(train_data, "train", backbone, lengths, labels)
+    settings = {k: v for k, v in locals().items() if k != "backbone"}
+    arguments, about = _tuning(backbone, {}, **settings)
+    result = train.fit(**arguments)
+    note = {"step": result.best_step, "metrics": result.metrics}
+    return Prompt(result.best[train.PROMPT], {**about, **note})
+
+
+def tune_many(
+    backbone: Backbone,
+    members: Sequence[Mapping[str, Any]],
+    model_dir: str | os.PathLike | None = None,
+    **common: Any,
+) -> list[Prompt]:
+    """Tunes many prompts in one run over one backbone, each as `tune` would alone.
+
+    Every step takes a batch of each member through the backbone at once, so memory grows with
+    their number.
+
+    Args:
+      members: the arguments of `tune` that each one has for itself (`{"seed": 1}`), and perhaps its
+        "name", which is its folder in `model_dir`; default its number.
+      common: arguments of `tune` that all have in common.
+
+    Returns:
+      The best prompt of each member; `metadata["status"]` is 'finished', 'stopped early',
+      'diverged' or 'interrupted'.
+    """
+    defaults = inspect.signature(tune).parameters
+    named, abouts, shared = [], [], {}
+    for number, own in enumerate(members):
+        settings = {**common, **own}
+        name = str(settings.pop("name", number))
+        if odd := [k for k in settings if k not in defaults or k in ("backbone", "model_dir")]:
+            raise ValueError(f"member {name!r} has {', '.join(odd)}, which is none of its settings")
+        if "train_data" not in settings:
+            raise ValueError(f"member {name!r} has no train_data")
+        whole = {k: p.default for k, p in defaults.items() if k != "backbone"} | settings
+        whole["model_dir"] = None if model_dir is None else pathlib.Path(model_dir) / name
+        arguments, about = _tuning(backbone, shared, **whole)
+        named.append(populations.Member.of(name, arguments))
+        abouts.append(about)
+    found = []
+    for about, outcome in zip(abouts, populations.fit(backbone, named), strict=True):
+        result = outcome.result
+        note = {"step": result.best_step, "metrics": result.metrics, "status": outcome.status}
+        found.append(Prompt(result.best[train.PROMPT], {**about, **note}))
+    return found
+
+
+def _tuning(
+    backbone: Backbone,
+    shared: dict[Any, Any],
+    train_data: Data,
+    validation_data: Data | None,
+    labels: Sequence[str] | None,
+    prompt_length: int,
+    train_steps: int,
+    batch_size: int,
+    learning_rate: float | optax.Schedule,
+    prompt_init: prompts.Initializer | None,
+    loss: str | None,
+    eval_period: int,
+    patience: int,
+    log_period: int,
+    checkpoint_period: int,
+    model_dir: str | os.PathLike | None,
+    lengths: Mapping[str, int],
+    seed: int,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments of `train.fit` for those of `tune`, and what the prompt's metadata say.
+
+    Calls with the same `shared` tokenise the same data and compile the same predictor once.
+    """
+
+    def once(function, *arguments):
+        key = (function, *((type(x), x if isinstance(x, int | str) else id(x)) for x in arguments))
+        if key not in shared:
+            # The arguments are kept, for the identity of a dead object may be taken again.
+            shared[key] = (function(*arguments), arguments)
+        return shared[key][0]
+
+    examples, judged = once(_examples, train_data, "train", backbone, lengths, labels)
     labels = labels or judged.labels
     if isinstance(train_data, str) and validation_data is None:
         validation_data = train_data
@@ -192,8 +275,8 @@ def tune(
 
     run_evaluation = None
     if validation_data is not None:
-        held_out = _examples(validation_data, "validation", backbone, lengths, labels)[1]
-        predictor = _predictor(backbone, prompt_length, labels, lengths, batch_size)
+        held_out = once(_examples, validation_data, "validation", backbone, lengths, labels)[1]
+        predictor = once(_predictor, backbone, prompt_length, labels, lengths, batch_size)
 
         def run_evaluation(flat: Flat, step: int) -> dict[str, float]:
             return evaluation.evaluate(predictor, flat, [held_out])
@@ -211,11 +294,11 @@ def tune(
     def save(path: pathlib.Path, trained: dict[str, np.ndarray], note: dict[str, Any]) -> None:
         prompts.save(f"{path}.safetensors", trained[train.PROMPT], {**about, **note})
 
-    result = train.fit(
-        backbone,
-        data.train_batches([examples], [1.0], batch_size, seed, slots),
-        optim.adafactor(learning_rate),
-        train_steps,
+    arguments = dict(
+        backbone=backbone,
+        batches=data.train_batches([examples], [1.0], batch_size, seed, slots),
+        optimizer=optim.adafactor(learning_rate),
+        train_steps=train_steps,
         prompt=initial,
         evaluate=run_evaluation,
         eval_period=eval_period,
@@ -228,8 +311,7 @@ def tune(
         seed=seed,
         label_ids=label_ids,
     )
-    note = {"step": result.best_step, "metrics": result.metrics}
-    return Prompt(result.best[train.PROMPT], {**about, **note})
+    return arguments, about
 
 
 def _predictor(backbone, prompt_length, labels, lengths, batch_size, **settings):
@@ -252,6 +334,40 @@ def _with_prompt(backbone: Backbone, prompt: Prompt | np.ndarray | None) -> tupl
     return flat, len(prompt)
 
 
+Prompts = Prompt | np.ndarray | None | Sequence[Prompt | np.ndarray | None]
+
+
+def _with_prompts(
+    backbone: Backbone, prompt: Prompts, count: int
+) -> tuple[Flat, int | list[int], list[int] | None]:
+    """Parameters, prompt lengths, and the prompt of each of `count` inputs (None: one for all)."""
+    if not isinstance(prompt, list | tuple):
+        return *_with_prompt(backbone, prompt), None
+    if len(prompt) != count:
+        raise ValueError(f"got {len(prompt)} prompts for {count} texts, expected one for each")
+    places: dict[int, int] = {}
+    which = [places.setdefault(id(one), len(places)) for one in prompt]
+    unique = [prompt[which.index(place)] for place in range(len(places))]
+    return *_banked(backbone, unique), which
+
+
+def _banked(
+    backbone: Backbone, found: Sequence[Prompt | np.ndarray | None]
+) -> tuple[Flat, list[int]]:
+    """Parameters with a bank of all of `found`, and the length of each."""
+    arrays = []
+    for i, one in enumerate(found):
+        if isinstance(one, Prompt):
+            prompts.check_backbone(f"prompt {i}", one.array, one.metadata, backbone)
+            one = one.array
+        arrays.append(one)
+    bank, lengths = prompts.bank(arrays, backbone.cfg.emb_dim)
+    flat = dict(backbone.params)
+    if len(bank):
+        flat[train.PROMPT] = jax.device_put(bank, partition.replicated(backbone.mesh))
+    return flat, lengths
+
+
 def _texts(backbone: Backbone, texts: Sequence[str], lengths: Mapping[str, int]) -> data.Examples:
     if isinstance(texts, str):
         raise ValueError("expected a list of texts, got one string")
@@ -261,7 +377,7 @@ def _texts(backbone: Backbone, texts: Sequence[str], lengths: Mapping[str, int])
 def generate(
     backbone: Backbone,
     texts: Sequence[str],
-    prompt: Prompt | np.ndarray | None = None,
+    prompt: Prompts = None,
     max_tokens: int = 64,
     beams: int = 1,
     temperature: float = 0.0,
@@ -270,35 +386,71 @@ def generate(
     seed: int = 0,
     batch_size: int = 32,
 ) -> list[str]:
-    """A text for each text: greedy, by beam search, or sampled (temperature > 0)."""
-    flat, length = _with_prompt(backbone, prompt)
+    """A text for each text: greedy, by beam search, or sampled (temperature > 0).
+
+    `prompt` is one for all texts, or a list with the prompt of each: they share batches.
+    """
+    flat, length, which = _with_prompts(backbone, prompt, len(texts))
     lengths = {**LENGTHS, "targets": max_tokens}
     settings = dict(beams=beams, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     predictor = _predictor(backbone, length, None, lengths, batch_size, **settings)
-    return predictor.generate(flat, _texts(backbone, texts, lengths))
+    return predictor.generate(flat, _texts(backbone, texts, lengths), which)
 
 
 def score_labels(
     backbone: Backbone,
     texts: Sequence[str],
-    labels: Sequence[str],
-    prompt: Prompt | np.ndarray | None = None,
+    labels: Sequence[str] | Sequence[Sequence[str]],
+    prompt: Prompts = None,
     batch_size: int = 32,
 ) -> np.ndarray:
-    """Log-likelihood `[texts, labels]` (nats, EOS included) of each label after each text."""
-    flat, length = _with_prompt(backbone, prompt)
+    """Log-likelihood `[texts, labels]` (nats, EOS included) of each label after each text.
+
+    `prompt` is one for all texts, or a list with the prompt of each; `labels` are those of all
+    texts, or a list with those of each. Then a label that a text lacks scores -inf.
+    """
+    if not len(labels):
+        raise ValueError("got no labels to rank")
+    if not isinstance(labels[0], str) and len(labels) != len(texts):
+        raise ValueError(f"got labels of {len(labels)} texts for {len(texts)} texts")
+    flat, length, which = _with_prompts(backbone, prompt, len(texts))
     predictor = _predictor(backbone, length, labels, LENGTHS, batch_size)
-    return predictor.score(flat, _texts(backbone, texts, LENGTHS), labels)
+    return predictor.score(flat, _texts(backbone, texts, LENGTHS), labels, which)
 
 
 def classify(
     backbone: Backbone,
     texts: Sequence[str],
-    labels: Sequence[str],
-    prompt: Prompt | np.ndarray | None = None,
+    labels: Sequence[str] | Sequence[Sequence[str]],
+    prompt: Prompts = None,
 ) -> list[str]:
-    """The likeliest label of each text (rank classification)."""
-    return [labels[i] for i in score_labels(backbone, texts, labels, prompt).argmax(-1)]
+    """The likeliest label of each text (rank classification); lists as in `score_labels`."""
+    best = score_labels(backbone, texts, labels, prompt).argmax(-1)
+    sets = [labels] * len(texts) if isinstance(labels[0], str) else labels
+    return [own[i] for own, i in zip(sets, best, strict=True)]
+
+
+def ensemble(
+    backbone: Backbone,
+    texts: Sequence[str],
+    prompt: Sequence[Prompt | np.ndarray],
+    labels: Sequence[str] | None = None,
+    max_tokens: int = 64,
+    batch_size: int = 32,
+) -> voting.Votes:
+    """What each of N prompts says of each text, all in shared batches over one backbone.
+
+    With `labels` the likeliest is each prompt's vote, without them its greedy text. The result's
+    `majority()` and, of labels, `mean_probability()` are the ensemble's predictions, and
+    `agreement(predictions)` says how many of the prompts are behind them.
+    """
+    flat, lengths = _banked(backbone, prompt)
+    examples = _texts(backbone, texts, {**LENGTHS, "targets": max_tokens})
+    predictor = _predictor(
+        backbone, lengths, labels, {**LENGTHS, "targets": max_tokens}, batch_size
+    )
+    task = evaluation.EvalTask(examples, labels, lambda _: {})
+    return voting.collect(predictor, flat, task)
 
 
 def evaluate(
@@ -322,6 +474,7 @@ __all__: list[str] = [
     "Prompt",
     "classify",
     "embedded_data",
+    "ensemble",
     "evaluate",
     "generate",
     "load_backbone",
@@ -329,4 +482,5 @@ __all__: list[str] = [
     "read_pairs",
     "score_labels",
     "tune",
+    "tune_many",
 ]

@@ -40,6 +40,13 @@ class Examples:
     def __len__(self) -> int:
         return len(self.targets)
 
+    def take(self, indices: Sequence[int]) -> "Examples":
+        """The examples at `indices`, in their order."""
+        inputs, targets, records = (
+            [found[i] for i in indices] for found in (self.inputs, self.targets, self.records)
+        )
+        return Examples(self.name, inputs, targets, records, self.cut)
+
 
 def trim(ids: Sequence[int], length: int) -> np.ndarray:
     """Ids with EOS at the end, at most `length` of them."""
@@ -306,12 +313,16 @@ class Packing:
 
 
 def eval_batches(
-    examples: Examples, batch_size: int, slots: np.ndarray
+    examples: Examples, batch_size: int, slots: np.ndarray | Sequence[np.ndarray]
 ) -> Iterator[tuple[np.ndarray, Batch]]:
     """Every example once: (indices, batch), shortest inputs first, in few shapes.
 
-    Input lengths are those of `EVAL_BUCKETS`; rows past `len(indices)` are padding.
+    Input lengths are those of `EVAL_BUCKETS`, behind the slots; rows past `len(indices)` are
+    padding. `slots` are those before every input, or a list with each example's own.
     """
+    if isinstance(slots, np.ndarray):
+        slots = [slots] * len(examples)
+    room = max(map(len, slots))
     order = np.argsort([len(ids) for ids in examples.inputs], kind="stable")
     targets_length = longest(examples.targets)
     for start in range(0, len(order), batch_size):
@@ -322,7 +333,9 @@ def eval_batches(
             indices,
             {
                 "encoder_ids": pad(
-                    [examples.inputs[i] for i in indices], batch_size, length, slots
+                    [np.concatenate([slots[i], examples.inputs[i]]) for i in indices],
+                    batch_size,
+                    room + length,
                 ),
                 "targets": pad([examples.targets[i] for i in indices], batch_size, targets_length),
             },

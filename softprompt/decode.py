@@ -42,8 +42,12 @@ def _loop(
     length: int,
     choose: Choose,
     key: Array,
-) -> Array:
-    """Ids `[B, length]`, one chosen after the other until EOS; what follows EOS is padding."""
+    scored: bool = False,
+) -> tuple[Array, Array]:
+    """Ids `[B, length]`, one chosen after the other until EOS; what follows EOS is padding.
+
+    With `scored` also their log-likelihood `[B]` (EOS included), else zeros.
+    """
     step, cache = _start(module, params, encoder_ids, length)
     rows = encoder_ids.shape[0]
     ids = jnp.full((rows, length), PAD_ID, jnp.int32)
@@ -51,26 +55,40 @@ def _loop(
     done = ~jnp.any(encoder_ids > 0, axis=1)
 
     def more(carry):
-        index, _, _, done, _ = carry
+        index, _, _, done, _, _ = carry
         return (index < length) & ~jnp.all(done)
 
     def body(carry):
-        index, ids, last, done, cache = carry
+        index, ids, last, done, scores, cache = carry
         logits, cache = step(last, index, cache)
         chosen = choose(logits, jax.random.fold_in(key, index)).astype(jnp.int32)
+        if scored:
+            found = losses.token_log_likelihood(logits, chosen)
+            scores = scores + jnp.where(done, 0.0, found)
         chosen = jnp.where(done, PAD_ID, chosen)
         ids = jax.lax.dynamic_update_slice_in_dim(ids, chosen[:, None], index, axis=1)
-        return index + 1, ids, chosen, done | (chosen == EOS_ID), cache
+        return index + 1, ids, chosen, done | (chosen == EOS_ID), scores, cache
 
     first = jnp.full((rows,), PAD_ID, jnp.int32)
-    return jax.lax.while_loop(more, body, (jnp.int32(0), ids, first, done, cache))[1]
+    carry = (jnp.int32(0), ids, first, done, jnp.zeros(rows), cache)
+    _, ids, _, _, scores, _ = jax.lax.while_loop(more, body, carry)
+    return ids, scores
 
 
 def greedy(module: PromptedT5, params: Params, encoder_ids: Array, length: int) -> Array:
     """The likeliest token at every position: ids `[B, length]`."""
-    return _loop(
-        module, params, encoder_ids, length, lambda logits, _: logits.argmax(-1), jax.random.key(0)
-    )
+    return _loop(module, params, encoder_ids, length, _likeliest, jax.random.key(0))[0]
+
+
+def greedy_scored(
+    module: PromptedT5, params: Params, encoder_ids: Array, length: int
+) -> tuple[Array, Array]:
+    """`greedy`, and the log-likelihood `[B]` of what it found in nats (EOS included)."""
+    return _loop(module, params, encoder_ids, length, _likeliest, jax.random.key(0), scored=True)
+
+
+def _likeliest(logits: Array, _: Array) -> Array:
+    return logits.argmax(-1)
 
 
 def sample(
@@ -98,7 +116,7 @@ def sample(
     def choose(logits, key):
         return jax.random.categorical(key, restrict(logits / temperature, top_k, top_p))
 
-    return _loop(module, params, encoder_ids, length, choose, key)
+    return _loop(module, params, encoder_ids, length, choose, key)[0]
 
 
 def restrict(logits: Array, top_k: int, top_p: float) -> Array:
@@ -193,29 +211,32 @@ def score_labels(
     label_ids: Array,
     dropout: Array | None = None,
 ) -> Array:
-    """Log-likelihood `[B, C]` of each label `[C, L]` (with EOS, padded by 0) for each row.
+    """Log-likelihood `[B, C]` of each label (with EOS, padded by 0) for each row.
 
-    All labels of a row lie in one decoder row as segments, so that cross-attention keys and values
-    are made once per row, not once per label. With the key `dropout`, the model's dropout is on.
+    `label_ids` are `[C, L]`, or `[B, C, L]` where every row has its own; a label of padding alone
+    scores 0. All labels of a row lie in one decoder row as segments, so that cross-attention keys
+    and values are made once per row, not once per label. With the key `dropout`, the model's
+    dropout is on.
     """
     rows = encoder_ids.shape[0]
-    count, length = label_ids.shape
+    count, length = label_ids.shape[-2:]
+    label_ids = jnp.broadcast_to(label_ids, (rows, count, length)).reshape(-1, length)
     deterministic = dropout is None
     apply = functools.partial(
         module.apply, {"params": params}, rngs=None if deterministic else {"dropout": dropout}
     )
     encoded, segments = apply(encoder_ids, deterministic=deterministic, method="encode")
-    flat = losses.shift_right(label_ids).reshape(1, -1)
+    flat = losses.shift_right(label_ids).reshape(rows, -1)
     label_of = jnp.repeat(jnp.arange(1, count + 1), length)[None]
     logits = apply(
         encoded,
         segments,
-        jnp.tile(flat, (rows, 1)),
+        flat,
         jnp.tile(label_of, (rows, 1)),
         deterministic,
         jnp.ones((rows, count * length), segments.dtype),
         method=lambda m, *args: m.t5.decode(*args),
     )
-    targets = jnp.tile(label_ids.reshape(1, -1), (rows, 1))
+    targets = label_ids.reshape(rows, -1)
     likelihood = losses.token_log_likelihood(logits, targets) * (targets > 0)
     return likelihood.reshape(rows, count, length).sum(-1)

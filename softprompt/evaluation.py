@@ -14,7 +14,7 @@ import numpy as np
 
 from softprompt import checkpoint, data, decode, losses, partition, tree
 from softprompt.backbone import Backbone
-from softprompt.prompted import PromptedT5, slots
+from softprompt.prompted import PromptedT5, bank_slots
 from softprompt.vocabulary import EOS_ID, Vocabulary
 
 GENERATE = "generate"
@@ -154,7 +154,8 @@ class Predictor:
 
     Args:
       backbone: for its architecture, vocabulary and mesh; parameters are passed at each call.
-      prompt_length: P slots before every input (0: none).
+      prompt_length: P slots before every input (0: none), or the lengths of N prompts, whose rows
+        follow one another in the bank; `which` then names the prompt of each example.
       mode: 'generate' decodes text, 'rank' picks the likeliest of the task's labels.
       beams: beam search with so many beams; 1 is greedy.
       temperature, top_k, top_p: sampling, when temperature > 0.
@@ -164,7 +165,7 @@ class Predictor:
     def __init__(
         self,
         backbone: Backbone,
-        prompt_length: int,
+        prompt_length: int | Sequence[int],
         mode: str = GENERATE,
         batch_size: int = 32,
         decode_length: int = 64,
@@ -183,12 +184,14 @@ class Predictor:
             )
         self.backbone = backbone
         self.mode = mode
-        self.prefix = list(prefix)
+        self.prefix = tuple(prefix)
         # A batch is split over the mesh's data axis.
         self.batch_size = data.round_up(batch_size, backbone.mesh.shape["data"])
-        self.slots = slots(backbone.cfg.vocab_size, prompt_length)
+        prompt_lengths = [prompt_length] if isinstance(prompt_length, int) else prompt_length
+        self.slots = bank_slots(backbone.cfg.vocab_size, prompt_lengths)
         self.decode_length = decode_length
-        module = PromptedT5(dataclasses.replace(backbone.cfg, dropout_rate=0.0), prompt_length)
+        cfg = dataclasses.replace(backbone.cfg, dropout_rate=0.0)
+        module = PromptedT5(cfg, sum(prompt_lengths))
 
         def generate(flat, ids, key):
             params = tree.unflatten(flat)
@@ -201,6 +204,9 @@ class Predictor:
             return decode.greedy(module, params, ids, decode_length)
 
         self._generate = jax.jit(generate)
+        self._generate_scored = jax.jit(
+            lambda flat, ids: decode.greedy_scored(module, tree.unflatten(flat), ids, decode_length)
+        )
         self._score = jax.jit(
             lambda flat, ids, labels: decode.score_labels(module, tree.unflatten(flat), ids, labels)
         )
@@ -208,29 +214,75 @@ class Predictor:
         self._key = jax.random.key(seed)
         self._rows = partition.batch_sharding(backbone.mesh)
 
-    def _batches(self, examples: data.Examples):
-        for indices, batch in data.eval_batches(examples, self.batch_size, self.slots):
+    def _batches(self, examples: data.Examples, which: Sequence[int] | None = None):
+        if which is None and len(self.slots) > 1:
+            raise ValueError(f"there are {len(self.slots)} prompts: say which one is whose")
+        slots = self.slots[0] if which is None else [self.slots[k] for k in which]
+        for indices, batch in data.eval_batches(examples, self.batch_size, slots):
             yield indices, jax.device_put(batch, self._rows)
 
-    def generate(self, flat: tree.Flat, examples: data.Examples) -> list[str]:
-        """A decoded string per example."""
+    def generate(
+        self, flat: tree.Flat, examples: data.Examples, which: Sequence[int] | None = None
+    ) -> list[str]:
+        """A decoded string per example; `which` names the prompt of each."""
         texts = [""] * len(examples)
-        for number, (indices, batch) in enumerate(self._batches(examples)):
+        for number, (indices, batch) in enumerate(self._batches(examples, which)):
             key = jax.random.fold_in(self._key, number)
             ids = np.asarray(self._generate(flat, batch["encoder_ids"], key))
             for i, row in zip(indices, ids, strict=False):
-                if row[: len(self.prefix)].tolist() == self.prefix:
-                    row = row[len(self.prefix) :]
-                texts[i] = self.backbone.vocabulary.decode(row)
+                texts[i] = self._text(row)
         return texts
 
-    def score(self, flat: tree.Flat, examples: data.Examples, labels: Sequence[str]) -> np.ndarray:
-        """Log-likelihood `[examples, C]` of each label."""
-        label_ids = jnp.asarray(encode_labels(labels, self.backbone.vocabulary, self.prefix))
-        scores = np.zeros((len(examples), len(labels)), np.float32)
-        for indices, batch in self._batches(examples):
-            found = np.asarray(self._score(flat, batch["encoder_ids"], label_ids))
+    def _text(self, ids: np.ndarray) -> str:
+        if tuple(ids[: len(self.prefix)].tolist()) == self.prefix:
+            ids = ids[len(self.prefix) :]
+        return self.backbone.vocabulary.decode(ids)
+
+    def generate_scored(
+        self, flat: tree.Flat, examples: data.Examples, which: Sequence[int] | None = None
+    ) -> tuple[list[str], np.ndarray]:
+        """Greedy strings, and the log-likelihood `[examples]` of each in nats."""
+        texts, scores = [""] * len(examples), np.zeros(len(examples), np.float32)
+        for indices, batch in self._batches(examples, which):
+            ids, found = map(np.asarray, self._generate_scored(flat, batch["encoder_ids"]))
             scores[indices] = found[: len(indices)]
+            for i, row in zip(indices, ids, strict=False):
+                texts[i] = self._text(row)
+        return texts, scores
+
+    def score(
+        self,
+        flat: tree.Flat,
+        examples: data.Examples,
+        labels: Sequence[str] | Sequence[Sequence[str]],
+        which: Sequence[int] | None = None,
+    ) -> np.ndarray:
+        """Log-likelihood `[examples, C]` of each label.
+
+        `labels` are those of all examples, or a list with those of each one; C is then the most
+        that one has, and what an example lacks scores -inf.
+        """
+        vocabulary = self.backbone.vocabulary
+        shared = isinstance(labels[0], str)
+        given = [tuple(labels)] if shared else [tuple(own) for own in labels]
+        sets = list(dict.fromkeys(given))
+        of_example = np.array([sets.index(own) for own in given])
+        encoded = [encode_labels(own, vocabulary, self.prefix) for own in sets]
+        count, length = (max(ids.shape[axis] for ids in encoded) for axis in (0, 1))
+        label_ids = np.zeros((len(sets), count, length), np.int32)
+        for ids, own in zip(label_ids, encoded, strict=True):
+            ids[: own.shape[0], : own.shape[1]] = own
+        scores = np.zeros((len(examples), count), np.float32)
+        for indices, batch in self._batches(examples, which):
+            ids = jnp.asarray(label_ids[0])
+            if not shared:
+                of_rows = np.zeros((self.batch_size, count, length), np.int32)
+                of_rows[: len(indices)] = label_ids[of_example[indices]]
+                ids = jax.device_put(of_rows, self._rows)
+            found = np.asarray(self._score(flat, batch["encoder_ids"], ids))
+            scores[indices] = found[: len(indices)]
+        if not shared:
+            scores[(label_ids == 0).all(-1)[of_example]] = -np.inf
         return scores
 
     def loss(self, flat: tree.Flat, examples: data.Examples) -> float:
@@ -249,10 +301,40 @@ class Predictor:
         if self.mode == RANK and task.labels is not None:
             scores = self.score(flat, task.examples, task.labels)
             return [task.labels[i] for i in scores.argmax(-1)], scores
-        texts = self.generate(flat, task.examples)
+        return self.recognised(self.generate(flat, task.examples), task.labels), None
+
+    def predict_mixed(
+        self,
+        flat: tree.Flat,
+        examples: data.Examples,
+        which: Sequence[int],
+        labels: Sequence[Sequence[str] | None],
+    ) -> list[str]:
+        """A string per example of mixed tasks, each by the prompt that `which` names.
+
+        `labels` are those of each prompt: the likeliest is picked, or a text is generated (None).
+        """
+        found = [""] * len(examples)
+        which = np.asarray(which)
+        ranks = np.array([own is not None for own in labels])[which]
+        ranked, free = np.flatnonzero(ranks), np.flatnonzero(~ranks)
+        if len(ranked):
+            sets = [labels[k] for k in which[ranked]]
+            scores = self.score(flat, examples.take(ranked), sets, which[ranked])
+            for i, own, row in zip(ranked, sets, scores, strict=True):
+                found[i] = own[int(row.argmax())]
+        if len(free):
+            for i, text in zip(
+                free, self.generate(flat, examples.take(free), which[free]), strict=True
+            ):
+                found[i] = text
+        return found
+
+    def recognised(self, texts: Sequence[str], labels: Sequence[str] | None) -> list[str]:
+        """Generated texts, labels among them spelled as the task spells them."""
         vocabulary = self.backbone.vocabulary
-        spelled = {vocabulary.decode(vocabulary.encode(text)): text for text in task.labels or ()}
-        return [spelled.get(text, text) for text in texts], None
+        spelled = {vocabulary.decode(vocabulary.encode(text)): text for text in labels or ()}
+        return [spelled.get(text, text) for text in texts]
 
 
 def _token_loss(module: PromptedT5, flat: tree.Flat, batch) -> jax.Array:

@@ -1,6 +1,7 @@
 """The binaries behind `softprompt train | eval | infer | baseline`: from gin's values to a run."""
 
 import dataclasses
+import glob
 import importlib
 import json
 import os
@@ -29,6 +30,7 @@ from softprompt import (
     prompt,
     prompted,
     tree,
+    voting,
 )
 from softprompt import train as training
 from softprompt.backbone import Backbone
@@ -118,6 +120,33 @@ def _load_backbone(
     return backbones.random(cfg, seed, vocabulary, mesh, name=architecture)
 
 
+class Shared:
+    """Calls `function(*arguments)` once, and gives its result again for equal arguments.
+
+    Runs of one process share a backbone, tokenised tasks and compiled predictors by it.
+    """
+
+    def __init__(self):
+        self._found: dict[Any, Any] = {}
+
+    def __call__(self, function: Callable, *arguments: Any) -> Any:
+        key = (function, *map(self._key, arguments))
+        if key not in self._found:
+            # The arguments are kept, for the identity of a dead object may be taken again.
+            self._found[key] = (function(*arguments), arguments)
+        return self._found[key][0]
+
+    @staticmethod
+    def _key(argument: Any) -> Any:
+        if isinstance(argument, Backbone):
+            return id(argument)
+        try:
+            hash(argument)
+        except TypeError:
+            return repr(argument)
+        return argument
+
+
 def _use_vocabulary(backbone: Backbone) -> AnyVocabulary:
     from softprompt.tasks import features
 
@@ -168,6 +197,8 @@ def train(
     backbone_name: str | None = None,
     backbone_dtype: str = "float32",
     backbone_steps: Sequence[int] = (),
+    fit: Callable[..., training.Result] = training.fit,
+    shared: Shared | None = None,
 ) -> training.Result:
     """Trains a prompt (or whatever `trainable` names) on a seqio task or mixture.
 
@@ -180,8 +211,11 @@ def train(
     'labels', behind the first sentinel with `target_sentinel` (Lester et al. 2021, section 3.3:
     what span corruption taught a backbone to begin with). A trained backbone is stored as
     `backbone_name` in `backbone_dtype`, and once more as it was at each of `backbone_steps`
-    (multiples of `eval_period`). Writes to `model_dir` what the README lists.
+    (multiples of `eval_period`). Writes to `model_dir` what the README lists. `fit` takes the place
+    of `train.fit`; what it has in common with other calls of this function is read and compiled
+    once with the same `shared`.
     """
+    shared = shared or Shared()
     began = time.monotonic()
     _check_settings(
         dtype,
@@ -199,11 +233,13 @@ def train(
     )
     folder = pathlib.Path(model_dir)
     devices = mesh()
-    backbone = _load_backbone(
-        initial_checkpoint_path, architecture, vocabulary_file, devices, dtype, dropout_rate, seed
-    )
+    backbone = shared(
+        _load_backbone,
+        initial_checkpoint_path, architecture, vocabulary_file, devices, dtype, dropout_rate,
+        seed if initial_checkpoint_path is None else 0,
+    )  # fmt: skip
     vocabulary = _use_vocabulary(backbone)
-    prefix = [vocabulary.sentinel(0)] if target_sentinel else []
+    prefix = (vocabulary.sentinel(0),) if target_sentinel else ()
     if embeddings_file is not None:
         params = cooccurrence.start_from(backbone.params, embeddings_file)
         fingerprint = tree.fingerprint(params)
@@ -212,7 +248,7 @@ def train(
         from softprompt.tasks import pretraining
 
         pretraining.use_corpus(text_corpus)
-    tasks = _load_tasks(mixture_or_task_name, mixture_or_task_module, user_data)
+    tasks = shared(_load_tasks, mixture_or_task_name, mixture_or_task_module, user_data)
     batch_size = data.round_up(batch_size, devices.shape["data"])
     slots = prompted.slots(backbone.cfg.vocab_size, prompt_length)
 
@@ -237,10 +273,8 @@ def train(
             for task, _ in tasks
         ]
     else:
-        parts = [
-            data.prefix_targets(data.from_task(task, "train", task_feature_lengths), prefix)
-            for task, _ in tasks
-        ]
+        parts = [shared(data.from_task, task, "train", task_feature_lengths) for task, _ in tasks]
+        parts = [data.prefix_targets(part, prefix) for part in parts]
         for part in parts:
             if message := data.cut_message(part, task_feature_lengths):
                 say(message)
@@ -256,7 +290,7 @@ def train(
         else:
             batches = data.train_batches(parts, rates, batch_size, seed, slots)
         held_out = [
-            evaluation.from_task(task, eval_split, task_feature_lengths, vocabulary)
+            shared(evaluation.from_task, task, eval_split, task_feature_lengths, vocabulary)
             for task, _ in tasks
             if eval_split in task.splits
         ]
@@ -264,15 +298,12 @@ def train(
     if pack_length and loss != evaluation.TOKENS:
         raise ValueError(f"PACK_LENGTH is for the LOSS {evaluation.TOKENS!r}, got {loss!r}")
     label_ids = evaluation.training_labels(loss, parts, class_labels, vocabulary, prefix)
-    predictor = evaluation.Predictor(
-        backbone,
-        prompt_length,
-        eval_mode,
-        eval_batch_size,
-        decode_length=task_feature_lengths["targets"],
-        seed=seed,
-        prefix=prefix,
-    )
+    # Nothing is sampled: the predictor needs no seed.
+    predictor = shared(
+        evaluation.Predictor,
+        backbone, prompt_length, eval_mode, eval_batch_size, task_feature_lengths["targets"],
+        1, 0.0, 0, 1.0, 0, prefix,
+    )  # fmt: skip
 
     def save_backbone(path: pathlib.Path, params: tree.Flat, note: dict[str, Any]) -> str:
         weights = {k: v for k, v in params.items() if k != training.PROMPT}
@@ -316,7 +347,7 @@ def train(
         f"{backbone.fingerprint}), mesh {dict(devices.shape)}, prompt length {prompt_length}, "
         f"task {mixture_or_task_name}, ready after {duration(time.monotonic() - began)}"
     )
-    result = training.fit(
+    result = fit(
         backbone,
         batches,
         optimizer(),
@@ -410,11 +441,45 @@ def _prompted(
     return flat, len(array)
 
 
+def _banked(
+    backbone: Backbone, prompt_files: Sequence[Path | None], ignore_fingerprint: bool
+) -> tuple[tree.Flat, list[int]]:
+    """Parameters with a bank of the prompts in `prompt_files`, and the length of each."""
+    arrays: list[np.ndarray | None] = []
+    for path in prompt_files:
+        array = None
+        if path is not None:
+            array, metadata = prompt.load(path)
+            prompt.check_backbone(path, array, metadata, backbone, ignore_fingerprint)
+        arrays.append(array)
+    bank, lengths = prompt.bank(arrays, backbone.cfg.emb_dim)
+    flat = dict(backbone.params)
+    if len(bank):
+        flat[training.PROMPT] = jax.device_put(bank, partition.replicated(backbone.mesh))
+    return flat, lengths
+
+
+def _listed(prompt_files: str | Sequence[Path]) -> list[str]:
+    """The files that paths and patterns (`runs/*/prompts/best.safetensors`) name, in order."""
+    found: list[str] = []
+    for path in [prompt_files] if isinstance(prompt_files, str) else map(str, prompt_files):
+        named = sorted(glob.glob(path)) if glob.has_magic(path) else [path]
+        if not named:
+            raise ValueError(f"PROMPT_FILES: no file fits the pattern {path!r}")
+        found += named
+    if len(found) < 2:
+        raise ValueError(f"PROMPT_FILES names {len(found)} files, expected two or more")
+    return found
+
+
 def eval(
     mixture_or_task_name: str,
     task_feature_lengths: Mapping[str, int],
     initial_checkpoint_path: str,
     prompt_file: Path | None = None,
+    prompt_files: Sequence[Path] | None = None,
+    best_metric: str | None = None,
+    measure_cost: bool = False,
     eval_output_dir: Path | None = None,
     mixture_or_task_module: str | Sequence[str] | None = "softprompt.tasks.registry",
     user_data: UserData | None = None,
@@ -427,13 +492,27 @@ def eval(
     vocabulary_file: str | None = None,
     ignore_fingerprint: bool = False,
 ) -> dict[str, float]:
-    """Evaluates a prompt (None: the bare backbone) on a task's split; prints figures as JSON."""
+    """Evaluates a prompt (None: the bare backbone) on a task's split; prints figures as JSON.
+
+    With `prompt_files` all of them vote (see `voting`): figures are those of each prompt, of
+    their average, of the best by `best_metric`, and of the ensemble; `measure_cost` compares the
+    ensemble's speed with that of separate runs. The majority vote's figures are returned.
+    """
     _check_settings(dtype, task_feature_lengths, BATCH_SIZE=(batch_size, 1), BEAMS=(beams, 1))
     backbone = backbones.load(
         initial_checkpoint_path, dtype, mesh=mesh(), vocabulary_file=vocabulary_file
     )
     vocabulary = _use_vocabulary(backbone)
-    flat, length = _prompted(backbone, prompt_file, ignore_fingerprint)
+    files = None if prompt_files is None else _listed(prompt_files)
+    if files is None:
+        flat, length = _prompted(backbone, prompt_file, ignore_fingerprint)
+    elif prompt_file is not None or beams > 1:
+        raise ValueError(
+            f"PROMPT_FILES vote without PROMPT_FILE and by greedy texts; got PROMPT_FILE "
+            f"{prompt_file!r}, BEAMS {beams}"
+        )
+    else:
+        flat, length = _banked(backbone, files, ignore_fingerprint)
     tasks = [
         evaluation.from_task(task, split, task_feature_lengths, vocabulary)
         for task, _ in _load_tasks(mixture_or_task_name, mixture_or_task_module, user_data)
@@ -444,8 +523,59 @@ def eval(
     predictor = evaluation.Predictor(
         backbone, length, eval_mode, batch_size, task_feature_lengths["targets"], beams
     )
+    if files is not None:
+        evaluation.check_metric(best_metric, tasks)
+        alone = []
+        if measure_cost:
+            alone = [_prompted(backbone, file, ignore_fingerprint) for file in files]
+        return _ensemble(predictor, flat, tasks, files, best_metric, split, eval_output_dir, alone)
     figures = evaluation.evaluate(predictor, flat, tasks, eval_output_dir)
     _report(mixture_or_task_name, split, figures, eval_output_dir)
+    return figures
+
+
+def _ensemble(
+    predictor: evaluation.Predictor,
+    flat: tree.Flat,
+    tasks: Sequence[evaluation.EvalTask],
+    files: Sequence[str],
+    best_metric: str | None,
+    split: str,
+    folder: Path | None,
+    alone: Sequence[tuple[tree.Flat, int]],
+) -> dict[str, float]:
+    """Reports the ensemble of `files`, and its cost against the parameters and lengths `alone`."""
+
+    def choose(figures: Mapping[str, float]) -> float:
+        return training.choose_metric(figures, best_metric)
+
+    reports = voting.evaluate(predictor, flat, tasks, files, choose, folder)
+    figures: dict[str, float] = {}
+    shared = Shared()
+    singles = [
+        (
+            shared(
+                evaluation.Predictor,
+                predictor.backbone, (n,), predictor.mode, predictor.batch_size,
+                predictor.decode_length,
+            ),
+            params,
+        )
+        for params, n in alone
+    ]  # fmt: skip
+    for task in tasks:
+        found = dataclasses.asdict(reports[task.name])
+        if singles:
+            found |= voting.cost(predictor, flat, singles, task)
+        prefix = f"{task.name}/" if len(tasks) > 1 else ""
+        figures |= {prefix + name: value for name, value in found["ensemble"].items()}
+        say(f"{task.name}, {split}\n{reports[task.name].table()}")
+        say(json.dumps({"task": task.name, "split": split, **found}))
+        if folder is not None:
+            path = pathlib.Path(folder) / f"{task.name}.json"
+            checkpoint.write_atomically(path, json.dumps(found, indent=2).encode())
+            text = reports[task.name].table() + "\n"
+            checkpoint.write_atomically(path.with_suffix(".md"), text.encode())
     return figures
 
 
@@ -523,11 +653,67 @@ def _report(
 INFER_CHUNK = 512
 
 
+@dataclasses.dataclass(frozen=True)
+class _Named:
+    """The prompts of a mixed file: what each is used with, and which one is whose."""
+
+    files: Sequence[Path]
+    templates: Sequence[str]
+    labels: Sequence[Sequence[str] | None]
+    which: Sequence[int]
+
+
+def _named_prompts(
+    rows: Sequence[Any],
+    prompts: Mapping[str, Any],
+    field: str,
+    default: Path | None,
+    template: str,
+    labels: Sequence[str] | None,
+) -> _Named:
+    """The prompts that rows name in `field`: names of `prompts`, or paths.
+
+    A row without the field takes the prompt `default`.
+    """
+    known = {}
+    for name, value in prompts.items():
+        own = {"file": value} if isinstance(value, str | os.PathLike) else value
+        if not isinstance(own, Mapping) or not {"file"} <= set(own) <= {
+            "file", "template", "labels",
+        }:  # fmt: skip
+            raise ValueError(
+                f"PROMPTS[{name!r}] is {value!r}, expected a path or {{'file': …, 'template': …, "
+                f"'labels': […]}}"
+            )
+        known[name] = (own["file"], own.get("template", template), own.get("labels", labels))
+    places: dict[str, int] = {}
+    found, which = [], []
+    for row in rows:
+        name = row.get(field, default)
+        if name is None:
+            raise ValueError(f"{row.where}: no field {field!r} names its prompt")
+        name = str(name)
+        if name not in places:
+            there = name in known or "://" in name or pathlib.Path(name).exists()
+            if not there:
+                raise ValueError(
+                    f"{row.where}: {field} is {name!r}, which is neither a file nor one of PROMPTS "
+                    f"({', '.join(known) or 'none given'})"
+                )
+            places[name] = len(found)
+            found.append(known.get(name, (name, template, labels)))
+        which.append(places[name])
+    files, templates, sets = zip(*found, strict=True)
+    return _Named(files, templates, sets, which)
+
+
 def infer(
     input_file: Path,
     output_file: Path,
     initial_checkpoint_path: str,
     prompt_file: Path | None = None,
+    prompts: Mapping[str, Any] | None = None,
+    prompt_field: str = "prompt",
     template: str = "{text}",
     labels: Sequence[str] | None = None,
     task_feature_lengths: Mapping[str, int] | None = None,
@@ -545,18 +731,30 @@ def infer(
     """Predicts a text (or, with `labels`, the likeliest label) for each row of a JSONL or CSV file.
 
     Each output line is the row's fields and `prediction`. A run that was stopped goes on where its
-    output file ends. Returns the number of rows.
+    output file ends. With `prompts` (`{}` if there are only paths) rows of many tasks share
+    batches: each names its prompt in `prompt_field`, by a path or by a name in `prompts`, whose
+    value is a path or `{'file': …, 'template': …, 'labels': […]}`. Returns the number of rows.
     """
     from softprompt.tasks import records
 
     lengths = task_feature_lengths or {"inputs": 512, "targets": 64}
     _check_settings(dtype, lengths, BATCH_SIZE=(batch_size, 1), BEAMS=(beams, 1), TOP_K=(top_k, 0))
     rows = list(records.read(input_file))
-    texts = [records.fill(template, row) for row in rows]
+    named = None
+    if prompts is not None:
+        named = _named_prompts(rows, prompts, prompt_field, prompt_file, template, labels)
+        texts = [
+            records.fill(named.templates[k], row) for k, row in zip(named.which, rows, strict=True)
+        ]
+    else:
+        texts = [records.fill(template, row) for row in rows]
     backbone = backbones.load(
         initial_checkpoint_path, dtype, mesh=mesh(), vocabulary_file=vocabulary_file
     )
-    flat, length = _prompted(backbone, prompt_file, ignore_fingerprint)
+    if named is None:
+        flat, length = _prompted(backbone, prompt_file, ignore_fingerprint)
+    else:
+        flat, length = _banked(backbone, named.files, ignore_fingerprint)
     mode = evaluation.RANK if labels else evaluation.GENERATE
     predictor = evaluation.Predictor(
         backbone,
@@ -583,8 +781,12 @@ def infer(
             examples = data.from_pairs(pairs, backbone.vocabulary, lengths, str(input_file))
             if message := data.cut_message(examples, lengths):
                 say(message)
-            task = evaluation.EvalTask(examples, labels, lambda _: {})
-            predictions, _ = predictor.predict(flat, task)
+            if named is None:
+                task = evaluation.EvalTask(examples, labels, lambda _: {})
+                predictions, _ = predictor.predict(flat, task)
+            else:
+                which = named.which[chunk]
+                predictions = predictor.predict_mixed(flat, examples, which, named.labels)
             for row, predicted in zip(rows[chunk], predictions, strict=True):
                 out.write(json.dumps({**row, "prediction": predicted}, ensure_ascii=False))
                 out.write("\n")

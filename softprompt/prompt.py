@@ -124,6 +124,16 @@ load = prompts.read
 save = prompts.write
 
 
+def bank(prompts: Sequence[np.ndarray | None], width: int) -> tuple[np.ndarray, list[int]]:
+    """The rows `[R, H]` of prompts of any lengths, one after the other, and the lengths.
+
+    None is no prompt, of length 0. `prompted.bank_slots` makes the slots of each.
+    """
+    none = np.zeros((0, width), np.float32)
+    rows = [none if array is None else np.asarray(array, np.float32) for array in prompts]
+    return np.concatenate([none, *rows]), [len(array) for array in rows]
+
+
 def check_backbone(
     path: str | os.PathLike,
     array: np.ndarray,

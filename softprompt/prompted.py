@@ -5,6 +5,8 @@ Encoder input ids `< V` are tokens; an id `V + r` is a *slot*, filled by row r o
 middle of a text, or several in one packed row need no further model code.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,6 +86,12 @@ class PromptedT5(nn.Module):
     def decode_step(self, ids, index, cache, cross, encoder_segments):
         """See `T5.decode_step`."""
         return self.t5.decode_step(ids, index, cache, cross, encoder_segments)
+
+
+def bank_slots(vocab_size: int, lengths: Sequence[int]) -> list[np.ndarray]:
+    """Slot ids of each of the prompts whose rows follow one another in a bank."""
+    starts = np.cumsum([0, *lengths])
+    return [slots(vocab_size, n, int(start)) for n, start in zip(lengths, starts, strict=False)]
 
 
 def slots(vocab_size: int, count: int, first_row: int = 0) -> np.ndarray:

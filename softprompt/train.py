@@ -50,6 +50,71 @@ class Result:
     interrupted: bool = False
 
 
+def make_loss(
+    module: PromptedT5, z_loss: float = 0.0, label_smoothing: float = 0.0, labelled: bool = False
+) -> Callable[..., tuple[jax.Array, tuple[jax.Array, jax.Array]]]:
+    """The loss `(trainable, frozen, batch, label_ids, key) -> mean, (sum, count)` of a batch.
+
+    It is that of the target tokens or, if `labelled`, that of the right label among `label_ids`
+    `[C, L]`. `key` is the dropout's.
+    """
+    dropout = module.cfg.dropout_rate > 0
+
+    def loss_fn(trainable, frozen, batch, label_ids, key):
+        params, ids = tree.unflatten({**frozen, **trainable}), batch["encoder_ids"]
+        if labelled:
+            scores = decode.score_labels(module, params, ids, label_ids, key if dropout else None)
+            loss, count = losses.label_cross_entropy(scores, batch["targets"], label_ids)
+            return loss / count, (loss, count)
+        logits = module.apply(
+            {"params": params},
+            ids,
+            losses.shift_right(batch["targets"], batch.get("decoder_segments")),
+            batch.get("encoder_segments"),
+            batch.get("decoder_segments"),
+            deterministic=not dropout,
+            rngs={"dropout": key} if dropout else None,
+        )
+        loss, count = losses.cross_entropy(logits, batch["targets"], z_loss, label_smoothing)
+        return loss / count, (loss, count)
+
+    return loss_fn
+
+
+def advance(
+    state: State,
+    optimizer: optax.GradientTransformation,
+    grads: tree.Flat,
+    mean: jax.Array,
+    loss: jax.Array,
+    count: jax.Array,
+) -> State:
+    """The state after a step with these gradients, loss and count.
+
+    A step whose loss or update is not finite changes nothing, and neither does any step after it:
+    `state["bad_step"]` names it (else -1).
+    """
+    updates, opt = optimizer.update(grads, state["opt"], state["trainable"])
+    moved = optax.apply_updates(state["trainable"], updates)
+    # A gradient that is not finite shows in its update.
+    finite = jnp.isfinite(mean) & jnp.isfinite(optax.tree.norm(updates))
+    good = finite & (state["bad_step"] < 0)
+
+    def choose(new, old):
+        return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
+
+    return {
+        "trainable": choose(moved, state["trainable"]),
+        "opt": choose(opt, state["opt"]),
+        "step": state["step"] + 1,
+        "loss_sum": state["loss_sum"] + jnp.where(good, loss, 0),
+        "count_sum": state["count_sum"] + jnp.where(good, count, 0),
+        "bad_step": jnp.where(
+            finite | (state["bad_step"] >= 0), state["bad_step"], state["step"] + 1
+        ),
+    }
+
+
 def make_step(
     module: PromptedT5,
     optimizer: optax.GradientTransformation,
@@ -60,56 +125,17 @@ def make_step(
 ) -> Callable[[State, tree.Flat, dict[str, jax.Array]], State]:
     """The train step `(state, frozen, batch) -> state`, to be jitted.
 
-    The loss is that of the target tokens or, with `label_ids` `[C, L]`, that of the right label
-    among the labels. Only `state["trainable"]` is differentiated. A step whose loss or update is
-    not finite changes nothing, and neither does any step after it: `state["bad_step"]` names it
-    (else -1).
+    With `label_ids` `[C, L]` the loss is that among the labels: see `make_loss`. Only
+    `state["trainable"]` is differentiated. For a step that is not finite see `advance`.
     """
-    dropout = module.cfg.dropout_rate > 0
+    loss_fn = make_loss(module, z_loss, label_smoothing, label_ids is not None)
 
     def step(state: State, frozen: tree.Flat, batch: dict[str, jax.Array]) -> State:
         key = jax.random.fold_in(jax.random.key(seed), state["step"])
-
-        def loss_fn(trainable):
-            params, ids = tree.unflatten({**frozen, **trainable}), batch["encoder_ids"]
-            if label_ids is not None:
-                scores = decode.score_labels(
-                    module, params, ids, label_ids, key if dropout else None
-                )
-                loss, count = losses.label_cross_entropy(scores, batch["targets"], label_ids)
-                return loss / count, (loss, count)
-            logits = module.apply(
-                {"params": params},
-                ids,
-                losses.shift_right(batch["targets"], batch.get("decoder_segments")),
-                batch.get("encoder_segments"),
-                batch.get("decoder_segments"),
-                deterministic=not dropout,
-                rngs={"dropout": key} if dropout else None,
-            )
-            loss, count = losses.cross_entropy(logits, batch["targets"], z_loss, label_smoothing)
-            return loss / count, (loss, count)
-
-        (mean, (loss, count)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state["trainable"])
-        updates, opt = optimizer.update(grads, state["opt"], state["trainable"])
-        moved = optax.apply_updates(state["trainable"], updates)
-        # A gradient that is not finite shows in its update.
-        finite = jnp.isfinite(mean) & jnp.isfinite(optax.tree.norm(updates))
-        good = finite & (state["bad_step"] < 0)
-
-        def choose(new, old):
-            return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
-
-        return {
-            "trainable": choose(moved, state["trainable"]),
-            "opt": choose(opt, state["opt"]),
-            "step": state["step"] + 1,
-            "loss_sum": state["loss_sum"] + jnp.where(good, loss, 0),
-            "count_sum": state["count_sum"] + jnp.where(good, count, 0),
-            "bad_step": jnp.where(
-                finite | (state["bad_step"] >= 0), state["bad_step"], state["step"] + 1
-            ),
-        }
+        (mean, (loss, count)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            state["trainable"], frozen, batch, label_ids, key
+        )
+        return advance(state, optimizer, grads, mean, loss, count)
 
     return step
 

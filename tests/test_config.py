@@ -17,6 +17,8 @@ TRAIN = {
     "CORPUS": "c",
     "VOCABULARY_FILE": "v",
     "PROMPT_FILE": "p",
+    "PROMPT_FILES": "['p', 'q']",
+    "POPULATION_DIR": "/tmp/x",
     "INPUT_FILE": "i",
     "OUTPUT_FILE": "o",
     "CLASS_LABELS": "['a', 'b']",
@@ -35,6 +37,9 @@ COMMANDS = {
     "runs/choice_adapt.gin": "train",
     "runs/prompt_eval.gin": "eval",
     "runs/prompt_infer.gin": "infer",
+    "runs/mixed_infer.gin": "infer",
+    "runs/prompt_ensemble.gin": "eval",
+    "runs/population.gin": "train",
 }
 
 

@@ -1,0 +1,424 @@
+"""A population: many prompts trained in one run over one frozen backbone, each as if alone.
+
+A step takes the next batch of every member, and runs them through the backbone as one batch
+`[N, B, T]`, each row with its own member's prompt. The loss of a member is divided by the count of
+its own rows, so its gradient is the one it has alone. Optimizer, schedule, order of data,
+evaluation, patience and checkpoints are each member's own, and so is its folder: it is what
+`train.fit` leaves, and either of the two goes on with what the other left.
+"""
+
+import dataclasses
+import os
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from softprompt import checkpoint, partition, throughput, train, tree
+from softprompt.backbone import Backbone
+from softprompt.logbook import Logbook, duration, say
+from softprompt.prompted import PromptedT5
+from softprompt.train import PROMPT, Result, State
+
+Batch = Mapping[str, np.ndarray]
+
+RUNNING = "running"
+FINISHED = "finished"
+EARLY = "stopped early"
+DIVERGED = "diverged"
+INTERRUPTED = "interrupted"
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One prompt of a population: its name, and the arguments of `train.fit` that make it."""
+
+    name: str
+    batches: Callable[[int], Iterator[Batch]]
+    optimizer: optax.GradientTransformation
+    train_steps: int
+    prompt: np.ndarray
+    evaluate: Callable[[tree.Flat, int], dict[str, float]] | None = None
+    eval_period: int = 0
+    best_metric: str | None = None
+    patience: int = 0
+    checkpoint_period: int = 0
+    keep: int = 2
+    log_period: int = 50
+    model_dir: str | os.PathLike | None = None
+    save: Callable[[pathlib.Path, dict[str, np.ndarray], dict[str, Any]], None] | None = None
+    identity: Mapping[str, Any] | None = None
+    seed: int = 0
+    z_loss: float = 0.0
+    label_smoothing: float = 0.0
+    label_ids: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, name: str, arguments: Mapping[str, Any]) -> "Member":
+        """The member that a call of `train.fit` with these arguments would train.
+
+        Raises:
+          ValueError: it would train anything but a plain prompt.
+        """
+        arguments = {k: v for k, v in arguments.items() if k not in ("backbone", "frozen")}
+        patterns = list(arguments.pop("trainable", ["prompt/.*"]))
+        known = {field.name for field in dataclasses.fields(cls)}
+        further = [k for k, v in arguments.items() if k not in known and v is not None]
+        if arguments.get("prompt") is None:
+            further.append("no prompt")
+        if patterns != ["prompt/.*"] or further:
+            raise ValueError(
+                f"{name}: a population tunes plain prompts, TRAINABLE ['prompt/.*']; got TRAINABLE "
+                f"{', '.join([str(patterns), *further])}"
+            )
+        return cls(name, **{k: v for k, v in arguments.items() if k in known})
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a member ends with: as `train.fit` returns it, and how it ended."""
+
+    name: str
+    status: str
+    result: Result
+
+
+class _Run:
+    """A member on its way: its state on the device, its next batch, its best step."""
+
+    def __init__(self, member: Member, backbone: Backbone):
+        width = backbone.cfg.emb_dim
+        if np.ndim(member.prompt) != 2 or np.shape(member.prompt)[1] != width:
+            raise ValueError(
+                f"{member.name}: the prompt has shape {np.shape(member.prompt)}, expected "
+                f"(P, {width}) for the backbone {backbone.name!r}"
+            )
+        self.member, self.status = member, RUNNING
+        self._frozen = backbone.params
+        self._everywhere = partition.replicated(backbone.mesh)
+        prompt = jax.device_put(np.asarray(member.prompt, np.float32), self._everywhere)
+        self.state = train.init_state({PROMPT: prompt}, member.optimizer, backbone.mesh)
+        self.best: dict[str, Any] = {"step": 0, "metric": None, "waited": 0, "metrics": {}}
+        folder = member.model_dir
+        if folder is not None and (restored := checkpoint.restore_state(folder, self.state, say)):
+            self.state, self.best = restored[0], restored[1]["best"]
+            train._check_identity(restored[1]["identity"], dict(member.identity or {}), folder)
+            say(f"{member.name}: resuming from step {int(self.state['step'])}")
+        self.step = self._start = int(self.state["step"])
+        self._log = Logbook(folder, self.step)
+        self._best_trained = train._load_best(folder, self.best) if self.best["step"] else None
+        self.result: Result | None = None
+        self._stream = member.batches(self.step)
+        self.batch = dict(next(self._stream))
+        self._settle()
+
+    def _settle(self) -> None:
+        """Ends the run if it is at its last step or out of patience."""
+        member = self.member
+        if self.step >= member.train_steps:
+            self.end(FINISHED)
+        elif member.patience and self.best["waited"] >= member.patience:
+            say(
+                f"{member.name}: stopping early at step {self.step}: no better figure since "
+                f"{self.best['step']}"
+            )
+            self.end(EARLY)
+
+    def end(self, status: str) -> None:
+        """Saves what there is to save, and fetches the result from the device."""
+        member, now = self.member, self._trained()
+        self.status = status
+        if status in (FINISHED, EARLY) and self.step > self._start:
+            self._save_checkpoint()
+            if member.save and member.model_dir is not None and not member.evaluate:
+                for name in (str(self.step), "best"):
+                    self._save_prompt(name, now, {"step": self.step})
+        self._log.close()
+        best = self.best
+        chosen = (best["step"], self._best_trained)
+        if self._best_trained is None:
+            chosen = (self.step, now)
+        self.result = Result(
+            self.step, now, chosen[1], chosen[0], best["metric"], best["metrics"],
+            interrupted=status == INTERRUPTED,
+        )  # fmt: skip
+
+    def _trained(self) -> dict[str, np.ndarray]:
+        return {path: np.asarray(jax.device_get(x)) for path, x in self.state["trainable"].items()}
+
+    def _save_checkpoint(self) -> None:
+        member = self.member
+        if member.model_dir is not None:
+            about = {"best": self.best, "identity": member.identity or {}}
+            checkpoint.save_state(member.model_dir, self.state, about, member.keep)
+
+    def _save_prompt(self, name: str, trained: dict[str, np.ndarray], note: dict[str, Any]) -> None:
+        self.member.save(pathlib.Path(self.member.model_dir) / "prompts" / name, trained, note)
+
+    def after(self, stopping: bool) -> float | None:
+        """What is due after the step just taken; returns the mean loss if it was read."""
+        member = self.member
+        self.step += 1
+        step, last = self.step, self.step == member.train_steps
+
+        def due(period: int) -> bool:
+            return last or bool(period and step % period == 0)
+
+        due_eval = member.evaluate is not None and due(member.eval_period)
+        due_log, due_save = due(member.log_period), due(member.checkpoint_period)
+        loss = None
+        if due_log or due_eval or due_save or stopping:
+            try:
+                train._check_finite(self.state, member.save, member.model_dir, self._trained)
+            except train.Diverged as error:
+                say(f"{member.name}: {error}")
+                self.end(DIVERGED)
+                return None
+        if due_log:
+            loss = float(self.state["loss_sum"]) / max(float(self.state["count_sum"]), 1)
+            self._log.write("train", step, {"loss": loss})
+            zero = jax.device_put(np.float32(0), self._everywhere)
+            self.state = {**self.state, "loss_sum": zero, "count_sum": jnp.copy(zero)}
+        if due_eval:
+            self._evaluate()
+        if due_save or stopping:
+            self._save_checkpoint()
+        if stopping and not last:
+            self.end(INTERRUPTED)
+        else:
+            self._settle()
+        if self.status == RUNNING:
+            self.batch = dict(next(self._stream))
+        return loss
+
+    def _evaluate(self) -> None:
+        member, step, best = self.member, self.step, self.best
+        figures = member.evaluate({**self._frozen, **self.state["trainable"]}, step)
+        self._log.write("eval/metrics", step, figures)
+        shown = "  ".join(f"{k} {v:.4g}" for k, v in figures.items())
+        say(f"{member.name}: step {step}  {shown}")
+        metric = train.choose_metric(figures, member.best_metric)
+        better = best["metric"] is None or metric > best["metric"]
+        if better:
+            self.best = {"step": step, "metric": metric, "metrics": figures, "waited": 0}
+            self._best_trained = self._trained()
+        else:
+            self.best = {**best, "waited": best["waited"] + 1}
+        if member.save and member.model_dir is not None:
+            note = {"step": step, "metrics": figures}
+            self._save_prompt(str(step), self._trained(), note)
+            if better:
+                train._save_best(member.model_dir, self._best_trained, self.best)
+                self._save_prompt("best", self._best_trained, note)
+
+
+class _Group:
+    """Members whose rows go through the backbone in one batch, and their compiled step."""
+
+    def __init__(self, runs: Sequence[_Run], backbone: Backbone):
+        self.runs = list(runs)
+        self._frozen = dict(backbone.params)
+        self._rows = NamedSharding(backbone.mesh, PartitionSpec(None, *partition.spec(("batch",))))
+        self._shapes = {
+            name: tuple(max(run.batch[name].shape[axis] for run in runs) for axis in (0, 1))
+            for name in runs[0].batch
+        }
+        self._step = jax.jit(self._make_step(backbone))
+
+    def _make_step(self, backbone: Backbone):
+        members = [run.member for run in self.runs]
+        lengths = [len(member.prompt) for member in members]
+        one = members[0]
+        loss_fn = train.make_loss(
+            PromptedT5(backbone.cfg, max(lengths)),
+            one.z_loss,
+            one.label_smoothing,
+            one.label_ids is not None,
+        )
+        label_ids = None
+        if one.label_ids is not None:
+            shapes = [member.label_ids.shape for member in members]
+            widest = tuple(max(shape[axis] for shape in shapes) for axis in (0, 1))
+            label_ids = np.stack([_padded(member.label_ids, widest) for member in members])
+
+        def gradient(bank, frozen, batch, labels, key):
+            return jax.value_and_grad(loss_fn, has_aux=True)(
+                {PROMPT: bank}, frozen, batch, labels, key
+            )
+
+        def step(states: list[State], frozen: tree.Flat, batch: Mapping[str, jax.Array]):
+            # The bank [N, P, H] of all members; rows that a shorter prompt lacks have no slots.
+            bank = jnp.stack(
+                [
+                    jnp.pad(state["trainable"][PROMPT], ((0, max(lengths) - n), (0, 0)))
+                    for state, n in zip(states, lengths, strict=True)
+                ]
+            )
+            keys = jnp.stack(
+                [
+                    jax.random.fold_in(jax.random.key(member.seed), state["step"])
+                    for member, state in zip(members, states, strict=True)
+                ]
+            )
+            axes = (0, None, 0, None if label_ids is None else 0, 0)
+            (mean, (loss, count)), grads = jax.vmap(gradient, axes)(
+                bank, frozen, batch, label_ids, keys
+            )
+            return [
+                train.advance(
+                    state,
+                    member.optimizer,
+                    {PROMPT: grads[PROMPT][i, : lengths[i]]},
+                    mean[i],
+                    loss[i],
+                    count[i],
+                )
+                for i, (member, state) in enumerate(zip(members, states, strict=True))
+            ]
+
+        return step
+
+    def step(self, active: Sequence[_Run]) -> None:
+        """A step of the members that are `active`; the lanes of the others are idle."""
+        batch = {
+            name: np.stack(
+                [
+                    _padded(run.batch[name], shape) if run in active else np.zeros(shape, np.int32)
+                    for run in self.runs
+                ]
+            )
+            for name, shape in self._shapes.items()
+        }
+        states = self._step(
+            [run.state for run in self.runs], self._frozen, jax.device_put(batch, self._rows)
+        )
+        for run, state in zip(self.runs, states, strict=True):
+            if run in active:
+                run.state = state
+
+
+def _padded(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    return np.pad(x, [(0, most - n) for n, most in zip(x.shape, shape, strict=True)])
+
+
+def _grouped(runs: Sequence[_Run], backbone: Backbone) -> list[_Group]:
+    """Members of one kind of loss together, as long as their rows are no less than half as long.
+
+    With dropout only rows of one shape go together: a mask is drawn for a shape, and is to be the
+    one that the member draws alone.
+    """
+
+    def kind(run: _Run) -> tuple:
+        member, labels = run.member, run.member.label_ids
+        found = (labels is not None, member.z_loss, member.label_smoothing, *sorted(run.batch))
+        if backbone.cfg.dropout_rate > 0:
+            found += tuple(x.shape for _, x in sorted(run.batch.items()))
+            found += () if labels is None else labels.shape
+        return found
+
+    def width(run: _Run) -> int:
+        return run.batch["encoder_ids"].shape[1]
+
+    kinds: dict[tuple, list[list[_Run]]] = {}
+    for run in sorted(runs, key=width, reverse=True):
+        together = kinds.setdefault(kind(run), [[]])
+        if together[-1] and 2 * width(run) < width(together[-1][0]):
+            together.append([])
+        together[-1].append(run)
+    return [_Group(found, backbone) for lists in kinds.values() for found in lists]
+
+
+def fit(backbone: Backbone, members: Sequence[Member]) -> list[Outcome]:
+    """Trains all members to their ends, from step 0 or from where their folders stop.
+
+    A member that ends leaves its lane idle; once half of a batch is idle, the rest go on in a
+    smaller one (so there are at most log2(N) compilations more). Members that a kill left behind
+    the others catch up first, in the batches they had: the run ends with the same bits. One that
+    diverges ends alone. SIGTERM saves all. Memory grows with the rows of all members.
+
+    Raises:
+      ValueError: two members of one name, a prompt of another width, or a folder that holds another
+        run.
+    """
+    names = [member.name for member in members]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"two members of the population have the name {', '.join(twice)}")
+    if not names:
+        raise ValueError("the population has no members")
+    runs = [_Run(member, backbone) for member in members]
+    meter = throughput.Meter(backbone.cfg, 2, backbone.mesh.size)
+    groups = _grouped(runs, backbone)
+    running = [run for run in runs if run.status == RUNNING]
+    for step in sorted({run.step for run in runs if run.status != RUNNING}):
+        groups = _without_ended(groups, min([step, *(run.step for run in running)]), backbone)
+    clock: tuple[int, float] | None = None
+    rounds = 0
+    with train._termination() as termination:
+        while running:
+            now = min(run.step for run in running)
+            active = [run for run in running if run.step == now]
+            for run in active:
+                meter.add(run.batch)
+            for group in groups:
+                if any(run in active for run in group.runs):
+                    group.step(active)
+            rounds += 1
+            if clock is None:  # Compiled now.
+                jax.block_until_ready([run.state for run in active])
+                clock = (rounds, time.monotonic())
+                meter.restart()
+            stopping = termination.is_set()
+            read = {run: loss for run in active if (loss := run.after(stopping)) is not None}
+            for run in running:
+                if stopping and run not in active:
+                    run.end(INTERRUPTED)
+            if read:
+                _tell(read, runs, rounds - clock[0], time.monotonic() - clock[1], meter.read())
+            running = [run for run in runs if run.status == RUNNING]
+            smaller = _without_ended(groups, now + 1, backbone)
+            if smaller != groups:
+                groups, clock = smaller, None
+    if any(run.status == INTERRUPTED for run in runs):
+        say("stopped by SIGTERM; the same command goes on from here")
+    return [Outcome(run.member.name, run.status, run.result) for run in runs]
+
+
+def _without_ended(groups: Sequence[_Group], step: int, backbone: Backbone) -> list[_Group]:
+    """Groups of which at least half had ended by `step`, without those; the others as they are.
+
+    What goes together at a step thus depends on nothing but who ends when.
+    """
+    kept = []
+    for group in groups:
+        alive = [run for run in group.runs if run.status == RUNNING or run.step > step]
+        if 2 * len(alive) > len(group.runs):
+            kept.append(group)
+        elif alive:
+            kept.append(_Group(alive, backbone))
+    return kept
+
+
+def _tell(
+    read: Mapping[_Run, float],
+    runs: Sequence[_Run],
+    rounds: int,
+    elapsed: float,
+    rates: Mapping[str, float],
+) -> None:
+    """A line of progress; the time left is that of the longest member, if none stops early."""
+    losses, furthest = list(read.values()), max(run.step for run in read)
+    going = [run for run in runs if run.status == RUNNING]
+    remaining = max((run.member.train_steps - run.step for run in going), default=0)
+    rate = rounds / max(elapsed, 1e-9)
+    left = duration(remaining / rate) if rate else ("?" if remaining else "0s")
+    say(
+        f"step {furthest}  {len(going)} of {len(runs)} prompts  loss {np.mean(losses):.4f} "
+        f"({min(losses):.4f} to {max(losses):.4f})  {rate:.2f} steps/s  "
+        f"{rates['tokens_per_second']:,.0f} tokens/s  MFU {100 * rates['mfu']:.0f}%  {left} left"
+    )

@@ -1,0 +1,234 @@
+"""Ensembles of prompts (Lester et al. 2021, section 6): one batch, one backbone, a majority vote.
+
+Every example goes through the backbone once with each of N prompts, in the same batches. Labels
+that tie are told apart by their scores summed over all prompts, generated texts by the
+log-likelihood summed over the prompts that gave them; what still ties goes to the first label, or
+to the first prompt's text. Scores are rounded before they count, so that the predictions file,
+which holds every vote, gives the same result again.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from softprompt import checkpoint, evaluation, tree
+from softprompt.evaluation import EvalTask, Predictor
+
+DIGITS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Votes:
+    """What N prompts say of E examples.
+
+    Attributes:
+      texts: `[N][E]`, each prompt's predictions.
+      scores: log-likelihood `[N, E, C]` of each label, or `[N, E]` of each generated text, in nats.
+      labels: the C labels that were ranked, or None where texts were generated.
+    """
+
+    texts: Sequence[Sequence[str]]
+    scores: np.ndarray
+    labels: Sequence[str] | None
+
+    def majority(self) -> list[str]:
+        """The text with the most votes for each example."""
+        found = []
+        for i in range(self.scores.shape[1]):
+            votes = [texts[i] for texts in self.texts]
+            found.append(vote(votes, self.scores[:, i].tolist(), self.labels))
+        return found
+
+    def agreement(self, chosen: Sequence[str]) -> np.ndarray:
+        """The share `[E]` of prompts that predict `chosen`: a confidence."""
+        return np.mean([[a == b for a, b in zip(t, chosen, strict=True)] for t in self.texts], 0)
+
+    def probabilities(self) -> np.ndarray:
+        """Probability `[E, C]` among the labels, the mean over prompts."""
+        shifted = np.exp(self.scores - self.scores.max(-1, keepdims=True))
+        return (shifted / shifted.sum(-1, keepdims=True)).mean(0)
+
+    def mean_probability(self) -> list[str]:
+        """The label of the highest mean probability for each example."""
+        return [self.labels[k] for k in self.probabilities().argmax(-1)]
+
+
+def vote(votes: Sequence[str], scores: Sequence[Any], labels: Sequence[str] | None = None) -> str:
+    """The majority of one example's votes.
+
+    Args:
+      votes: each prompt's prediction.
+      scores: each prompt's log-likelihoods of the `labels`, or without labels that of its text.
+    """
+    counts = {text: votes.count(text) for text in votes}
+    tied = [text for text, n in counts.items() if n == max(counts.values())]
+    if labels is None:
+        total = {
+            text: math.fsum(s for v, s in zip(votes, scores, strict=True) if v == text)
+            for text in tied
+        }
+    else:
+        tied = [label for label in labels if label in tied]
+        total = {text: math.fsum(row[list(labels).index(text)] for row in scores) for text in tied}
+    return max(tied, key=total.get)
+
+
+def collect(predictor: Predictor, flat: tree.Flat, task: EvalTask) -> Votes:
+    """The votes of all prompts of `predictor` and of the bank in `flat`, in shared batches."""
+    count = len(predictor.slots)
+    repeated = task.examples.take(np.repeat(np.arange(len(task.examples)), count))
+    which = np.tile(np.arange(count), len(task.examples))
+    if predictor.mode == evaluation.RANK and task.labels is not None:
+        scores = predictor.score(flat, repeated, task.labels, which)
+        texts = [task.labels[k] for k in scores.argmax(-1)]
+        labels = list(task.labels)
+    else:
+        texts, scores = predictor.generate_scored(flat, repeated, which)
+        texts, labels = predictor.recognised(texts, task.labels), None
+    scores = np.asarray(scores, np.float64).reshape(len(task.examples), count, *scores.shape[1:])
+    return Votes(
+        [texts[k::count] for k in range(count)],
+        np.round(np.moveaxis(scores, 1, 0), DIGITS),
+        labels,
+    )
+
+
+def write_predictions(path: str | os.PathLike, task: EvalTask, votes: Votes) -> None:
+    """One JSON object per example: input, target, the vote, its agreement, and every vote."""
+    chosen = votes.majority()
+    agreement = votes.agreement(chosen)
+    mean = None if votes.labels is None else votes.probabilities()
+    lines = []
+    for i, record in enumerate(task.examples.records):
+        row = {
+            "input": evaluation.plain(record.get("inputs_pretokenized", "")),
+            "target": evaluation.plain(record.get("targets_pretokenized", "")),
+            "prediction": chosen[i],
+            "agreement": round(float(agreement[i]), DIGITS),
+        }
+        if "idx" in record:
+            row["idx"] = evaluation.plain(record["idx"])
+        if mean is not None:
+            row["mean_probability"] = {
+                label: round(float(p), 6) for label, p in zip(votes.labels, mean[i], strict=True)
+            }
+        row["votes"] = [_vote(votes, n, i) for n in range(len(votes.texts))]
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    checkpoint.write_atomically(path, "".join(lines).encode())
+
+
+def _vote(votes: Votes, n: int, i: int) -> dict[str, Any]:
+    found: dict[str, Any] = {"prediction": votes.texts[n][i]}
+    if votes.labels is None:
+        found["log_likelihood"] = float(votes.scores[n, i])
+    else:
+        found["scores"] = dict(zip(votes.labels, votes.scores[n, i].tolist(), strict=True))
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Figures of each prompt, of their average, of the best prompt, and of the ensemble.
+
+    `agreement` is the mean share of prompts behind a vote, `unanimous` the share of examples where
+    it is 1, and the last two the shares of votes equal to the target's text among those and among
+    the others (None where there are none), all in per cent.
+    """
+
+    names: Sequence[str]
+    prompts: Sequence[dict[str, float]]
+    average: dict[str, float]
+    best: int
+    ensemble: dict[str, float]
+    mean_probability: dict[str, float] | None
+    agreement: float
+    unanimous: float
+    right_if_unanimous: float | None
+    right_if_divided: float | None
+
+    def table(self) -> str:
+        """The columns of the paper's table 3 as rows, and each prompt, in Markdown."""
+        rows = [*zip(self.names, self.prompts, strict=True), ("average", self.average)]
+        rows += [(f"best ({self.names[self.best]})", self.prompts[self.best])]
+        rows += [("ensemble, majority vote", self.ensemble)]
+        if self.mean_probability is not None:
+            rows += [("ensemble, mean probability", self.mean_probability)]
+        columns = list(self.average)
+        lines = ["| prompt | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
+        for name, figures in rows:
+            cells = " | ".join(f"{figures[column]:.2f}" for column in columns)
+            lines.append(f"| {name} | {cells} |")
+        return "\n".join(lines)
+
+
+def report(names: Sequence[str], task: EvalTask, votes: Votes, choose) -> Report:
+    """The figures of `votes`; `choose` makes of a prompt's figures the value to maximise."""
+    each = [task.judge(list(texts)) for texts in votes.texts]
+    chosen = votes.majority()
+    agreement = votes.agreement(chosen)
+    whole = agreement == 1
+    targets = [evaluation.plain(r.get("targets_pretokenized", "")) for r in task.examples.records]
+    right = np.array([a == b for a, b in zip(chosen, targets, strict=True)])
+
+    def share(hits: np.ndarray) -> float | None:
+        return 100 * float(hits.mean()) if len(hits) else None
+
+    return Report(
+        names=list(names),
+        prompts=each,
+        average={k: float(np.mean([figures[k] for figures in each])) for k in each[0]},
+        best=int(np.argmax([choose(figures) for figures in each])),
+        ensemble=task.judge(chosen),
+        mean_probability=None if votes.labels is None else task.judge(votes.mean_probability()),
+        agreement=100 * float(agreement.mean()),
+        unanimous=100 * float(whole.mean()),
+        right_if_unanimous=share(right[whole]),
+        right_if_divided=share(right[~whole]),
+    )
+
+
+def cost(
+    together: Predictor, flat: tree.Flat, alone: Sequence[tuple[Predictor, tree.Flat]], task
+) -> dict[str, float]:
+    """Examples per second by one ensemble and by N runs of one prompt each, both compiled before.
+
+    An example counts once however many prompts see it.
+    """
+
+    def seconds(runs: Sequence[tuple[Predictor, tree.Flat]]) -> float:
+        for predictor, params in runs:
+            collect(predictor, params, task)
+        began = time.monotonic()
+        for predictor, params in runs:
+            collect(predictor, params, task)
+        return time.monotonic() - began
+
+    count = len(task.examples)
+    one, many = count / seconds([(together, flat)]), count / seconds(alone)
+    return {"examples_per_second": one, "examples_per_second_separately": many}
+
+
+def evaluate(
+    predictor: Predictor,
+    flat: tree.Flat,
+    tasks: Sequence[EvalTask],
+    names: Sequence[str],
+    choose,
+    folder: str | os.PathLike | None = None,
+) -> dict[str, Report]:
+    """A report of each task by its name; predictions go to `<folder>/predictions/<task>.jsonl`."""
+    found = {}
+    for task in tasks:
+        votes = collect(predictor, flat, task)
+        if folder is not None:
+            path = pathlib.Path(folder) / "predictions" / f"{task.name}.jsonl"
+            write_predictions(path, task, votes)
+        found[task.name] = report(names, task, votes, choose)
+    return found

@@ -1,0 +1,101 @@
+"""Mixed-task batches: a prompt per row gives what batches of one prompt each give."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from conftest import TINY
+
+import softprompt
+from softprompt import backbone as backbones
+from softprompt import data, evaluation, partition, prompt, train
+
+TEXTS = [f"a text of {'some ' * n}words" for n in (1, 4, 2, 7, 3, 1, 5)]
+WHICH = [0, 1, 2, 0, 1, 2, 2]
+LABELS = [["positive", "negative"], ["person", "place", "a long name"], ["yes", "no"]]
+
+# One layer each: what compiles is small.
+SMALL = dataclasses.replace(TINY, num_encoder_layers=1, num_decoder_layers=1)
+
+
+@pytest.fixture(scope="module")
+def tiny(vocabulary):
+    return backbones.random(SMALL, 0, vocabulary, partition.make_mesh(devices=1), "small")
+
+
+def prompts_of(backbone, lengths):
+    rng = np.random.default_rng(2)
+    return [rng.normal(size=(n, backbone.cfg.emb_dim)).astype(np.float32) for n in lengths]
+
+
+def test_a_mixed_batch_gives_the_texts_and_scores_of_separate_ones(tiny):
+    found = prompts_of(tiny, (3, 9, 0))
+    each = [found[k] if len(found[k]) else None for k in WHICH]
+    texts = softprompt.generate(tiny, TEXTS, each, max_tokens=4, batch_size=8)
+    scores = softprompt.score_labels(tiny, TEXTS, [LABELS[k] for k in WHICH], each, batch_size=8)
+    chosen = softprompt.classify(tiny, TEXTS, [LABELS[k] for k in WHICH], each)
+    assert scores.shape == (7, 3) and np.isneginf(scores[0, 2])
+    for k, array in enumerate(found):
+        of = [i for i, which in enumerate(WHICH) if which == k]
+        own = [TEXTS[i] for i in of]
+        one = array if len(array) else None
+        alone = softprompt.generate(tiny, own, one, max_tokens=4, batch_size=8)
+        assert [texts[i] for i in of] == alone
+        alone = softprompt.score_labels(tiny, own, LABELS[k], one, batch_size=8)
+        np.testing.assert_allclose(scores[of][:, : len(LABELS[k])], alone, atol=2e-5)
+        assert [chosen[i] for i in of] == [LABELS[k][c] for c in alone.argmax(-1)]
+
+
+def test_in_rows_of_one_shape_the_scores_are_the_same_to_the_last_digits(tiny):
+    """Prompts of one length and one set of labels: nothing differs but the rows of the bank."""
+    found = prompts_of(tiny, (4, 4))
+    bank, lengths = prompt.bank(found, tiny.cfg.emb_dim)
+    examples = data.from_pairs([(t, "") for t in TEXTS[:4]], tiny.vocabulary,
+                               {"inputs": 16, "targets": 8})  # fmt: skip
+    mixed = evaluation.Predictor(tiny, lengths, "rank", 4)
+    alone = evaluation.Predictor(tiny, 4, "rank", 4)
+    scores = mixed.score({**tiny.params, train.PROMPT: bank}, examples, LABELS[0], [0, 1, 0, 1])
+    for k in (0, 1):
+        single = alone.score({**tiny.params, train.PROMPT: found[k]}, examples, LABELS[0])
+        np.testing.assert_allclose(scores[k::2], single[k::2], rtol=0, atol=1e-6)
+        assert np.abs(scores[k::2] - single[1 - k :: 2]).max() > 1e-3
+
+
+def test_wrong_prompts_are_sentences(tiny):
+    [array] = prompts_of(tiny, (3,))
+    with pytest.raises(ValueError, match="got 1 prompts for 2 texts, expected one for each"):
+        softprompt.generate(tiny, TEXTS[:2], [array])
+    with pytest.raises(ValueError, match="got labels of 1 texts for 2 texts"):
+        softprompt.score_labels(tiny, TEXTS[:2], [["a", "b"]], [array, array])
+    other = softprompt.Prompt(array, {"backbone": "x", "backbone_fingerprint": "0" * 16})
+    with pytest.raises(ValueError, match="the prompt 'prompt 0' was trained for the backbone 'x'"):
+        softprompt.generate(tiny, TEXTS[:1], [other])
+    predictor = evaluation.Predictor(tiny, [3, 3])
+    examples = data.from_pairs([("a", "")], tiny.vocabulary, {"inputs": 16, "targets": 8})
+    with pytest.raises(ValueError, match="there are 2 prompts: say which one is whose"):
+        predictor.generate(dict(tiny.params), examples)
+
+
+def test_an_ensemble_of_the_python_api_votes(tiny):
+    votes = softprompt.ensemble(tiny, TEXTS[:2], prompts_of(tiny, (3, 2, 5)), LABELS[0])
+    assert votes.scores.shape == (3, 2, 2)
+    chosen = votes.majority()
+    assert set(chosen) <= set(LABELS[0]) and (votes.agreement(chosen) >= 2 / 3).all()
+
+
+def test_many_prompts_are_tuned_as_each_is_alone(tiny, pairs, tmp_path):
+    backbone = tiny
+    settings = dict(
+        train_data=pairs, validation_data=pairs, labels=["positive", "negative"], train_steps=2,
+        batch_size=4, lengths={"inputs": 16, "targets": 8},
+    )  # fmt: skip
+    members = [{"prompt_length": 3}, {"seed": 1, "prompt_length": 5, "name": "longer"}]
+    found = softprompt.tune_many(backbone, members, tmp_path, **settings)
+    one = softprompt.tune(backbone, seed=1, prompt_length=5, **settings)
+    np.testing.assert_allclose(found[1].array, one.array, atol=2e-5)
+    assert found[0].array.shape == (3, 24) and found[0].metadata["status"] == "finished"
+    assert {**found[1].metadata, "status": None} == {**one.metadata, "status": None}
+    kept = softprompt.load_prompt(tmp_path / "longer" / "prompts" / "best.safetensors")
+    np.testing.assert_array_equal(kept.array, found[1].array)
+    with pytest.raises(ValueError, match="member '0' has stpes, which is none of its settings"):
+        softprompt.tune_many(backbone, [{"stpes": 3}], **settings)

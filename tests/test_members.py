@@ -1,0 +1,180 @@
+"""`softprompt population`: members from gin's lists, and what a single run would have left."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+import softprompt
+from softprompt import members, population, train
+from softprompt.__main__ import main
+
+MODEL = "--gin_file=models/t5_1_1_embedded.gin"
+COMMON = ["--gin.TRAIN_STEPS=2", "--gin.BATCH_SIZE=4", "--gin.PROMPT_LENGTH=3",
+          "--gin.TASK_FEATURE_LENGTHS={'inputs': 48, 'targets': 8}"]  # fmt: skip
+
+
+def test_members_are_the_product_of_the_lists_and_of_what_is_free():
+    lists = {"SEEDS": [0, 1], "LEARNING_RATES": [0.1], "TASKS": None, "MEMBERS": None}
+    found = members.plan(lists)
+    assert found == [{"LEARNING_RATE": 0.1, "SEED": 0}, {"LEARNING_RATE": 0.1, "SEED": 1}]
+    free = [{"SEED": 7}, {"INIT": "prompts/from_text.gin", "PROMPT_TEXT": "a b"}]
+    found = members.plan({**lists, "MEMBERS": free})
+    assert [one["SEED"] for one in found] == [7, 0, 1]
+    assert members.name_of(found[1]) == "from_text-rate0.1-seed0-prompt_text_a_b"
+    with pytest.raises(ValueError, match="SEEDS is 3, expected a list"):
+        members.plan({"SEEDS": 3})
+    with pytest.raises(ValueError, match="MEMBERS is .*, expected a list of"):
+        members.plan({"MEMBERS": ["x"]})
+
+
+def outcome(name, score):
+    best = {train.PROMPT: np.zeros((1, 2), np.float32)}
+    metrics = {} if score is None else {"accuracy": score}
+    status = population.FINISHED if score is not None else population.DIVERGED
+    return population.Outcome(name, status, train.Result(9, best, best, 5, score, metrics))
+
+
+def test_members_are_ranked_and_seeds_averaged(tmp_path):
+    planned, outcomes = [], []
+    for rate, scores in ((0.1, (50.0, 60.0)), (0.3, (70.0, None))):
+        for seed, score in enumerate(scores):
+            own = {"LEARNING_RATE": rate, "SEED": seed}
+            planned.append(members.Planned(f"rate{rate}-seed{seed}", own, own))
+            outcomes.append(outcome(planned[-1].name, score))
+    summary = members.write(tmp_path, planned, outcomes)
+    with open(tmp_path / "population.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["rank"], row["name"]) for row in rows] == [
+        ("1", "rate0.3-seed0"), ("2", "rate0.1-seed1"), ("3", "rate0.1-seed0"),
+        ("4", "rate0.3-seed1"),
+    ]  # fmt: skip
+    assert rows[3]["status"] == "diverged" and rows[3]["score"] == "nan"
+    # The sample deviation of 50 and 60 is 7.07.
+    assert "| 0.1 | 55.00 ± 7.07 | 2 | rate0.1-seed1 |" in summary
+    assert (tmp_path / "summary.md").read_text() == summary
+
+
+@pytest.mark.slow
+def test_a_population_leaves_what_each_run_alone_leaves(tmp_path, capsys):
+    """Two tasks of other labels and lengths, one member of another length and loss."""
+    folder = tmp_path / "many"
+    command = ["population", MODEL, "--gin_file=runs/population.gin", *COMMON,
+               "--gin_file=prompts/from_class_labels.gin", f"--gin.POPULATION_DIR={folder}",
+               "--gin.TASKS=['embedded_sentiment', 'embedded_entailment']", "--gin.SEEDS=[0]",
+               "--gin.MEMBERS=[{}, {'PROMPT_LENGTH': 5, 'LOSS': 'tokens', 'SEED': 3, "
+               "'MIXTURE_OR_TASK_NAME': 'embedded_sentiment'}]"]  # fmt: skip
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "3 prompts over the backbone" in said and "population.csv, summary.md" in said
+    single = tmp_path / "one"
+    one = "embedded_sentiment-length5-seed3-loss_tokens"
+    assert main(["train", MODEL, "--gin_file=runs/prompt_classify.gin", *COMMON,
+                 "--gin_file=prompts/from_class_labels.gin", f"--gin.MODEL_DIR={single}",
+                 "--gin.MIXTURE_OR_TASK_NAME=embedded_sentiment", "--gin.PROMPT_LENGTH=5",
+                 "--gin.LOSS=tokens", "--gin.SEED=3"]) == 0  # fmt: skip
+    a, b = (
+        softprompt.load_prompt(path / "prompts" / "best.safetensors")
+        for path in (folder / one, single)
+    )
+    np.testing.assert_allclose(a.array, b.array, atol=2e-5)
+    assert a.metadata == b.metadata
+    names = lambda path: {  # noqa: E731
+        str(p.relative_to(path)) for p in path.rglob("*") if "events" not in str(p)
+    }
+    assert names(folder / one) == names(single)
+    rows = (folder / "population.csv").read_text().splitlines()
+    assert len(rows) == 4 and one in "".join(rows)
+    # Nothing is left to do: the same command says so at once, and the figures stay.
+    assert main(command) == 0
+    assert (folder / "population.csv").read_text().splitlines() == rows
+
+
+def test_mistakes_name_the_member(tmp_path, capsys):
+    command = ["population", MODEL, "--gin_file=runs/population.gin",
+               "--gin.TASKS=['embedded_sentiment']",
+               f"--gin.POPULATION_DIR={tmp_path}"]  # fmt: skip
+    assert main([*command, "--gin.MEMBERS=[{'NO_SUCH': 1}]", "--gin.SEEDS=[0]"]) == 2
+    said = capsys.readouterr().err
+    assert "embedded_sentiment-seed0-no_such_1: --gin.NO_SUCH: no gin file given knows" in said
+    assert main([*command, "--gin.SEEDS=[1, 1]"]) == 2
+    assert "two members of the population have the name" in capsys.readouterr().err
+    assert main([*command, "--gin.SEEDS=[1]", "--gin.TRAINABLE=('.*',)"]) == 2
+    assert "a population tunes plain prompts" in capsys.readouterr().err
+
+
+# --- what a bank of prompts is used for by commands ---------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prompts")
+    backbone = softprompt.load_backbone()
+    rng = np.random.default_rng(4)
+    for name, length in (("a", 3), ("b", 6), ("c", 2)):
+        array = rng.normal(size=(length, backbone.cfg.emb_dim)).astype(np.float32)
+        about = {"backbone": backbone.name, "backbone_fingerprint": backbone.fingerprint}
+        softprompt.Prompt(array, about).save(folder / f"{name}.safetensors")
+    return folder
+
+
+def test_rows_that_name_their_prompts_share_batches(tmp_path, files, capsys):
+    rows = [
+        {"prompt": "mood", "text": "a fine film"},
+        {"prompt": str(files / "c.safetensors"), "text": "some words"},
+        {"prompt": "kind", "question": "Who wrote it?"},
+        {"prompt": "mood", "text": "a dull film"},
+    ]
+    path, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    named = {
+        "mood": {"file": str(files / "a.safetensors"), "labels": ["good", "bad"]},
+        "kind": {"file": str(files / "b.safetensors"), "template": "question: {question}",
+                 "labels": ["person", "place", "time"]},
+    }  # fmt: skip
+    command = ["infer", MODEL, "--gin_file=runs/mixed_infer.gin", f"--gin.INPUT_FILE={path}",
+               f"--gin.OUTPUT_FILE={out}", f"--gin.PROMPTS={named!r}",
+               "--gin.TASK_FEATURE_LENGTHS={'inputs': 64, 'targets': 4}"]  # fmt: skip
+    assert main(command) == 0
+    found = [json.loads(line)["prediction"] for line in out.read_text().splitlines()]
+    backbone = softprompt.load_backbone()
+    load = lambda name: softprompt.load_prompt(files / f"{name}.safetensors")  # noqa: E731
+    films = ["a fine film", "a dull film"]
+    mood = softprompt.classify(backbone, films, ["good", "bad"], load("a"))
+    [kind] = softprompt.classify(
+        backbone, ["question: Who wrote it?"], ["person", "place", "time"], load("b")
+    )
+    [text] = softprompt.generate(backbone, ["some words"], load("c"), max_tokens=4)
+    assert found == [mood[0], text, kind, mood[1]]
+
+    path.write_text('{"prompt": "moods", "text": "x"}\n')
+    assert main(command) == 2
+    said = capsys.readouterr().err.strip()
+    assert "rows.jsonl:1: prompt is 'moods', which is neither a file nor one of PROMPTS" in said
+    path.write_text('{"text": "x"}\n')
+    assert main(command) == 2
+    assert "no field 'prompt' names its prompt" in capsys.readouterr().err
+
+
+def test_eval_takes_many_prompts(tmp_path, files, capsys):
+    rows = tmp_path / "rows.jsonl"
+    lines = [{"text": f"a {w} film", "label": w} for w in ("good", "bad", "good", "bad")]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = ["eval", MODEL, "--gin_file=runs/prompt_ensemble.gin", f"--validation_file={rows}",
+               "--labels=good,bad", f"--gin.EVAL_OUTPUT_DIR={tmp_path}",
+               "--gin.TASK_FEATURE_LENGTHS={'inputs': 16, 'targets': 4}"]  # fmt: skip
+    pattern = f"--gin.PROMPT_FILES=['{files}/*.safetensors']"
+    assert main([*command, pattern, "--gin.MEASURE_COST=True"]) == 0
+    said = capsys.readouterr().out
+    assert "ensemble, majority vote" in said and "| average |" in said
+    report = json.loads((tmp_path / "user_task.json").read_text())
+    assert len(report["prompts"]) == 3 and report["examples_per_second"] > 0
+    votes = (tmp_path / "predictions" / "user_task.jsonl").read_text().splitlines()
+    assert [len(json.loads(line)["votes"]) for line in votes] == [3] * 4
+    for value, message in (
+        ("['/no/*.safetensors']", "PROMPT_FILES: no file fits the pattern '/no/*.safetensors'"),
+        (f"['{files}/a.safetensors']", "PROMPT_FILES names 1 files, expected two or more"),
+    ):
+        assert main([*command, f"--gin.PROMPT_FILES={value}"]) == 2
+        assert message in capsys.readouterr().err
