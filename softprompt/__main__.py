@@ -166,7 +166,7 @@ def _run_gin(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> int:
             raise ValueError(f"--gin_bindings {binding!r}: expected NAME=VALUE")
         bindings.append((name.strip(), value.strip()))
     bindings = [*_user_data(args), *bindings]
-    if args.ignore_fingerprint and args.command in ("eval", "infer"):
+    if args.ignore_fingerprint and args.command in ("train", "eval", "infer"):
         bindings.append(("IGNORE_FINGERPRINT", "True"))
     if args.data_dir:
         sources.use_data_dir(args.data_dir)

@@ -1,6 +1,7 @@
 """The binaries behind `softprompt train | eval | infer | baseline`: from gin's values to a run."""
 
 import dataclasses
+import functools
 import importlib
 import json
 import os
@@ -27,6 +28,7 @@ from softprompt import (
     partition,
     prompt,
     prompted,
+    reparameterise,
     tree,
 )
 from softprompt import train as training
@@ -141,6 +143,8 @@ def train(
     text_corpus: Path | None = None,
     prompt_length: int = 100,
     prompt_init: prompt.Initializer = prompt.random_uniform,
+    prompt_depth: int | str = 1,
+    reparameterisation: reparameterise.Mlp | None = None,
     trainable: Sequence[str] = ("prompt/.*",),
     frozen: Sequence[str] = (".*",),
     optimizer: Callable[[], optax.GradientTransformation] = optim.adafactor,
@@ -207,7 +211,7 @@ def train(
     slots = prompted.slots(backbone.cfg.vocab_size, prompt_length)
 
     class_labels = [evaluation.label_classes(task) for task, _ in tasks]
-    initial = None
+    initial = deep = None
     if prompt_length:
         initial = prompt_init(
             jax.random.key(seed),
@@ -216,8 +220,10 @@ def train(
                 np.asarray(backbone.params["token_embedder/embedding"], np.float32),
                 vocabulary,
                 class_labels[0],
+                backbone,
             ),
         )
+        deep = prompt.deep_rows(backbone, initial, prompt_depth)
     if stream:
         batches = data.stream_batches(
             mixture_or_task_name, "train", task_feature_lengths, batch_size, seed
@@ -261,7 +267,7 @@ def train(
     )
 
     def save_backbone(path: pathlib.Path, params: tree.Flat, note: dict[str, Any]) -> str:
-        weights = {k: v for k, v in params.items() if k != training.PROMPT}
+        weights = {k: v for k, v in params.items() if not k.startswith("prompt/")}
         name = backbone_name or backbone.name
         note = {"task": mixture_or_task_name, "trained_from": _origin(backbone), **note}
         stored = Stored.of(name, backbone.cfg, weights, vocabulary, note)
@@ -288,18 +294,27 @@ def train(
         "initialisation": getattr(prompt_init, "__name__", str(prompt_init)),
         "loss": loss,
         "seed": seed,
+        **({} if deep is None else {"prompt_depth": len(deep) + 1}),
+        **({} if reparameterisation is None else {"network": vars(reparameterisation)}),
     }
 
     def save(path: pathlib.Path, trained: dict[str, np.ndarray], note: dict[str, Any]) -> None:
         if training.PROMPT in trained:
-            prompt.save(f"{path}.safetensors", trained[training.PROMPT], {**about, **note})
+            array, further = trained[training.PROMPT], trained.get(training.DEEP)
+            prompt.save(f"{path}.safetensors", array, {**about, **note}, further)
 
-    _write_run_files(folder, backbone, about)
+    cost = _cost(backbone, initial, deep, reparameterisation, trainable, backbone_dtype)
+    _write_run_files(folder, backbone, {**about, **cost})
     count = tree.count({k: v for k, v in backbone.params.items()})
     say(
         f"backbone {backbone.name} ({count / 1e6:.1f}M parameters, fingerprint "
         f"{backbone.fingerprint}), mesh {dict(devices.shape)}, prompt length {prompt_length}, "
         f"task {mixture_or_task_name}, ready after {duration(time.monotonic() - began)}"
+    )
+    say(
+        f"trainable parameters {cost['trainable_parameters']:,} "
+        f"({100 * cost['trainable_parameters'] / count:.3g}% of the backbone's); kept for the "
+        f"task: {cost['parameters_per_task']:,} ({size(cost['bytes_per_task'])})"
     )
     result = training.fit(
         backbone,
@@ -328,6 +343,8 @@ def train(
         z_loss=z_loss,
         label_smoothing=label_smoothing,
         label_ids=label_ids,
+        deep=deep,
+        reparameterisation=reparameterisation,
     )
     if result.interrupted:
         return result
@@ -342,6 +359,39 @@ def train(
         print_name = save_backbone(out, {**backbone.params, **result.best}, note)
         say(f"tuned backbone of step {result.best_step}: {out} (fingerprint {print_name})")
     return result
+
+
+def _cost(
+    backbone: Backbone,
+    initial: np.ndarray | None,
+    deep: np.ndarray | None,
+    reparameterisation: reparameterise.Mlp | None,
+    trainable: Sequence[str],
+    dtype: str,
+) -> dict[str, int]:
+    """How many parameters train, and how many, in how many bytes, are kept for the task.
+
+    A network that the prompt trains behind trains too, but is not kept; where backbone weights
+    train, all of them are kept, as `dtype`.
+    """
+    kept: tree.Flat = {}
+    if initial is not None:
+        kept = {training.PROMPT: initial} | ({} if deep is None else {training.DEEP: deep})
+    bytes_kept = 4 * tree.count(kept)
+    shapes = kept
+    if reparameterisation is not None and kept:
+        init = functools.partial(reparameterisation.init, prompt=kept)
+        shapes = jax.eval_shape(init, jax.random.key(0))
+    if any(tree.matches(path, trainable) for path in backbone.params):
+        shapes, kept = {**backbone.params, **shapes}, {**backbone.params, **kept}
+        widths = {"float32": 4, "bfloat16": 2, "int8": 1}
+        bytes_kept += widths[dtype] * tree.count(backbone.params)
+    trained = {path: x for path, x in shapes.items() if tree.matches(path, trainable)}
+    return {
+        "trainable_parameters": tree.count(trained),
+        "parameters_per_task": tree.count(kept),
+        "bytes_per_task": bytes_kept,
+    }
 
 
 def _origin(backbone: Backbone) -> dict[str, Any]:
@@ -389,10 +439,9 @@ def _prompted(
     flat = dict(backbone.params)
     if prompt_file is None:
         return flat, 0
-    array, metadata = prompt.load(prompt_file)
-    prompt.check_backbone(prompt_file, array, metadata, backbone, ignore_fingerprint)
-    flat[training.PROMPT] = jax.device_put(array, partition.replicated(backbone.mesh))
-    return flat, len(array)
+    found = prompt.load_parameters(prompt_file, backbone, ignore_fingerprint)
+    flat |= jax.device_put(found, partition.replicated(backbone.mesh))
+    return flat, len(found[training.PROMPT])
 
 
 def eval(

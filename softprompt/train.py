@@ -19,9 +19,11 @@ from softprompt import checkpoint, decode, losses, partition, throughput, tree
 from softprompt.backbone import Backbone, abstract
 from softprompt.logbook import Logbook, say
 from softprompt.prompted import PromptedT5
+from softprompt.reparameterise import Mlp
 
 State = dict[str, Any]
 PROMPT = "prompt/bank"
+DEEP = "prompt/deep"
 
 
 class Diverged(ValueError):
@@ -57,21 +59,25 @@ def make_step(
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
     label_ids: np.ndarray | None = None,
+    reparameterisation: Mlp | None = None,
 ) -> Callable[[State, tree.Flat, dict[str, jax.Array]], State]:
     """The train step `(state, frozen, batch) -> state`, to be jitted.
 
     The loss is that of the target tokens or, with `label_ids` `[C, L]`, that of the right label
-    among the labels. Only `state["trainable"]` is differentiated. A step whose loss or update is
+    among the labels. Only `state["trainable"]` is differentiated; with `reparameterisation` it is
+    the prompt before that network, and the network. A step whose loss or update is
     not finite changes nothing, and neither does any step after it: `state["bad_step"]` names it
     (else -1).
     """
     dropout = module.cfg.dropout_rate > 0
+    collapse = reparameterisation.collapse if reparameterisation else dict
 
     def step(state: State, frozen: tree.Flat, batch: dict[str, jax.Array]) -> State:
         key = jax.random.fold_in(jax.random.key(seed), state["step"])
 
         def loss_fn(trainable):
-            params, ids = tree.unflatten({**frozen, **trainable}), batch["encoder_ids"]
+            params = tree.unflatten(collapse({**frozen, **trainable}))
+            ids = batch["encoder_ids"]
             if label_ids is not None:
                 scores = decode.score_labels(
                     module, params, ids, label_ids, key if dropout else None
@@ -178,6 +184,8 @@ def fit(
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
     label_ids: np.ndarray | None = None,
+    deep: np.ndarray | None = None,
+    reparameterisation: Mlp | None = None,
 ) -> Result:
     """Trains the parameters that `trainable` names, from step 0 or from MODEL_DIR's checkpoint.
 
@@ -196,6 +204,9 @@ def fit(
       identity: what makes this run the one it is (task, seed, backbone, …). A checkpoint of a run
         with another identity is refused, naming the difference.
       label_ids: `[C, L]`, to train by the loss among these labels: see `make_step`.
+      deep: initial rows `[D - 1, P, H]` of a deep prompt: see `prompted`.
+      reparameterisation: a network that the prompt is trained behind. Checkpoints hold it;
+        evaluations, saved prompts and the result see the plain arrays that it makes.
 
     Raises:
       Diverged: the loss was not finite; the message names the step. What was trained before it
@@ -212,6 +223,9 @@ def fit(
             )
         place = partition.shardings(abstract(backbone.cfg, rows), backbone.mesh)[PROMPT]
         params[PROMPT] = jax.device_put(np.asarray(prompt, np.float32), place)
+        beside = _beside(prompt, deep, reparameterisation, backbone, seed)
+        params |= jax.device_put(beside, partition.replicated(backbone.mesh))
+    collapse = reparameterisation.collapse if reparameterisation else dict
     trained, fixed = tree.split(params, trainable, frozen)
     trained = {path: x.astype(jnp.float32) for path, x in trained.items()}
     state = init_state(trained, optimizer, backbone.mesh)
@@ -222,16 +236,21 @@ def fit(
         say(f"resuming from step {int(state['step'])} of {model_dir}")
     start = int(state["step"])
     step_fn = jax.jit(
-        make_step(module, optimizer, seed, z_loss, label_smoothing, label_ids), donate_argnums=0
+        make_step(module, optimizer, seed, z_loss, label_smoothing, label_ids, reparameterisation),
+        donate_argnums=0,
     )
     rows_sharding = partition.batch_sharding(backbone.mesh)
     log = Logbook(model_dir, start)
-    whole = any(path != PROMPT for path in trained)
+    whole = any(not path.startswith("prompt/") for path in trained)
     meter = throughput.Meter(backbone.cfg, 3 if whole else 2, backbone.mesh.size)
     best_trained = _load_best(model_dir, best) if best["step"] else None
 
+    def parameters() -> tree.Flat:
+        return collapse({**fixed, **state["trainable"]})
+
     def trained_now() -> dict[str, np.ndarray]:
-        return {path: np.asarray(jax.device_get(x)) for path, x in state["trainable"].items()}
+        now = parameters()
+        return {k: np.asarray(jax.device_get(now[k])) for k in state["trainable"] if k in now}
 
     def save_checkpoint() -> None:
         if model_dir is not None:
@@ -273,7 +292,7 @@ def fit(
                 zero = jax.device_put(np.float32(0), partition.replicated(backbone.mesh))
                 state = {**state, "loss_sum": zero, "count_sum": jnp.copy(zero)}
             if due_eval:
-                figures = evaluate({**fixed, **state["trainable"]}, step)
+                figures = evaluate(parameters(), step)
                 log.write("eval/metrics", step, figures)
                 say(f"step {step}  " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items()))
                 metric = choose_metric(figures, best_metric)
@@ -306,6 +325,30 @@ def fit(
             for name in (str(step), "best"):
                 save(pathlib.Path(model_dir) / "prompts" / name, trained_now(), {"step": step})
     return finish(step)
+
+
+def _beside(
+    prompt: np.ndarray,
+    deep: np.ndarray | None,
+    reparameterisation: Mlp | None,
+    backbone: Backbone,
+    seed: int,
+) -> tree.Flat:
+    """What a prompt trains with: its deep rows and the parameters of its network, if any."""
+    found: tree.Flat = {}
+    if deep is not None:
+        layers, most = len(deep) + 1, backbone.cfg.num_encoder_layers
+        if np.shape(deep)[1:] != np.shape(prompt) or not 1 < layers <= most:
+            raise ValueError(
+                f"the deep prompt has shape {np.shape(deep)}, expected (D - 1, "
+                f"{', '.join(map(str, np.shape(prompt)))}) for D from 2 to {most} encoder layers"
+            )
+        found[DEEP] = np.asarray(deep, np.float32)
+    if reparameterisation is not None:
+        key = jax.random.fold_in(jax.random.key(seed), 1)
+        found = reparameterisation.init(key, {PROMPT: np.asarray(prompt), **found})
+        del found[PROMPT]
+    return found
 
 
 def _check_identity(stored: Mapping[str, Any], ours: Mapping[str, Any], model_dir: Any) -> None:
