@@ -7,7 +7,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
-GIN_COMMANDS = ("train", "eval", "infer", "baseline", "sweep")
+GIN_COMMANDS = ("train", "eval", "infer", "baseline", "sweep", "transfer")
 USER_DATA_FLAGS = {
     "train_file": "TRAIN_FILE",
     "validation_file": "VALIDATION_FILE",
@@ -82,6 +82,7 @@ def parser() -> argparse.ArgumentParser:
         ("infer", "predict for the rows of a file"),
         ("baseline", "evaluate what prompt tuning is held against: majority, priming, a probe"),
         ("sweep", "train over points, tasks and seeds: gin/sweeps holds the paper's ablations"),
+        ("transfer", "train on one task, evaluate on others: prompt tuning beside model tuning"),
     ):
         command = commands.add_parser(
             name, help=what, epilog="--gin.NAME=VALUE overrides a gin macro or binding."
@@ -179,6 +180,11 @@ def _run_gin(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> int:
         from softprompt import sweep
 
         sweep.sweep(args.gin_file, bindings, search_paths)
+        return 0
+    if args.command == "transfer":
+        from softprompt import transfer
+
+        transfer.transfer(args.gin_file, bindings, search_paths)
         return 0
     config.parse(args.gin_file, bindings, search_paths)
     with config.errors():

@@ -196,6 +196,8 @@ def train(
         KEEP_CHECKPOINTS=(keep_checkpoints, 1),
         LOG_PERIOD=(log_period, 1),
     )
+    if not prompt_length and (prompt_depth != 1 or reparameterisation is not None):
+        raise ValueError("PROMPT_LENGTH is 0: there is no prompt to be deep or reparameterised")
     folder = pathlib.Path(model_dir)
     devices = mesh()
     backbone = _load_backbone(
@@ -520,14 +522,14 @@ def baseline(
         if method in ("none", "priming"):
             if method == "priming":
                 train_set = data.from_task(source, "train", task_feature_lengths)
-                primed, short = baselines.prime(
+                primed, lost = baselines.prime(
                     train_set, task.examples, vocabulary, shots,
                     task_feature_lengths["inputs"], seed, description,
                 )  # fmt: skip
-                if short:
-                    say(
-                        f"{task.name}: {short} of {len(primed)} inputs hold less than {shots} shots"
-                    )
+                for what, n in lost.items():
+                    if n:
+                        wanted = f"all {shots} shots" if what == "shots" else f"the {what}"
+                        say(f"{task.name}: {n} of {len(primed)} inputs have no room for {wanted}")
                 task = dataclasses.replace(task, examples=primed)
             predictions, scores = predictor.predict(backbone.params, task)
         else:
