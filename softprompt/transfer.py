@@ -6,6 +6,7 @@ is kept; an interrupted training goes on from its checkpoint.
 """
 
 import dataclasses
+import importlib
 import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from softprompt import checkpoint, config, sweep
+from softprompt import checkpoint, config, data, sweep
 from softprompt.logbook import duration, say
 
 # What an evaluation takes over from the training, by its own names.
@@ -115,6 +116,7 @@ def transfer(
     """
     config.parse(files, bindings, search_paths, complete=False)
     spec = read(config.macros())
+    _check_tasks(spec, config.macros()["MIXTURE_OR_TASK_MODULE"])
     planned = list(runs(spec))
     figures: list[Figure] = []
     spent: list[float] = []
@@ -140,6 +142,19 @@ def transfer(
         write(spec, figures)
     say(f"{write(spec, figures)}\n{len(planned)} trainings in {spec.folder}: results.csv, table.md")
     return True
+
+
+def _check_tasks(spec: Spec, modules: str | Sequence[str] | None) -> None:
+    """Raises, before anything trains, where a task is unknown or lacks a split."""
+    for module in [modules] if isinstance(modules, str) else modules or []:
+        importlib.import_module(module)
+    for names, split in ((spec.sources, "train"), (spec.targets, spec.split)):
+        for name in names:
+            for task, _ in data.get_tasks(name):
+                if split not in task.splits:
+                    raise ValueError(
+                        f"task {task.name} has no split {split!r}; it has {', '.join(task.splits)}"
+                    )
 
 
 def evaluated(run: sweep.Run, target: str, split: str, macros: Mapping[str, Any]) -> list[Figure]:

@@ -1,6 +1,8 @@
 """Deep and reparameterised prompts: the backbone stays, runs go on, and plain arrays come out."""
 
 import dataclasses
+import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from test_train import LENGTHS, batches_of, bits, fit, prompt_of
 
 import softprompt
 from softprompt import convert, evaluation, prompt, train, tree
+from softprompt.__main__ import main
 from softprompt.prompted import PromptedT5, slots
 from softprompt.reparameterise import Mlp
 
@@ -219,3 +222,44 @@ def test_senseless_networks_are_refused():
         Mlp(0)
     with pytest.raises(ValueError, match="ACTIVATION is 'sine', expected one of relu, gelu, tanh"):
         Mlp(activation="sine")
+
+
+def test_the_commands_train_count_evaluate_and_infer(tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a fine film", "label": 0}\n{"text": "a dull film", "label": 1}\n')
+    model, run = "--gin_file=models/t5_1_1_embedded.gin", tmp_path / "run"
+    assert main([
+        "train", model, "--gin_file=runs/prompt_finetune.gin", "--gin_file=prompts/deep.gin",
+        "--gin_file=prompts/reparameterised.gin", f"--gin.MODEL_DIR={run}", "--labels=good,bad",
+        f"--train_file={rows}", f"--validation_file={rows}", "--gin.PROMPT_LENGTH=3",
+        "--gin.TRAIN_STEPS=2", "--gin.BATCH_SIZE=2", "--gin.EVAL_MODE=rank",
+        "--gin.BOTTLENECK=5", "--gin.PROMPT_DEPTH=2",
+    ]) == 0  # fmt: skip
+    said = capsys.readouterr().out
+    before, after = re.search("fingerprint before (.*), after (.*)", said).groups()
+    assert before == after
+    facts = json.loads((run / "run.json").read_text())
+    network = 256 * 5 + 5 + 5 * 256 + 256 + 2 * 256
+    assert facts["trainable_parameters"] == 2 * 3 * 256 + network
+    assert facts["parameters_per_task"] == 2 * 3 * 256
+    assert facts["bytes_per_task"] == 4 * 2 * 3 * 256
+    assert facts["prompt_depth"] == 2 and facts["network"]["bottleneck"] == 5
+    assert f"trainable parameters {2 * 3 * 256 + network:,}" in said and "6.0 KiB" in said
+    best = run / "prompts" / "best.safetensors"
+    array, deep, _ = prompt.load_deep(best)
+    assert array.shape == (3, 256) and deep.shape == (1, 3, 256)
+    shared = [model, f"--gin.PROMPT_FILE={best}", "--labels=good,bad"]
+    assert main(["eval", *shared[:1], "--gin_file=runs/prompt_eval.gin", *shared[1:],
+                 f"--validation_file={rows}", "--gin.EVAL_MODE=rank"]) == 0  # fmt: skip
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    trained = json.loads((run / "eval" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert figures["accuracy"] == trained["accuracy"]
+    out = tmp_path / "out.jsonl"
+    assert main(["infer", *shared[:1], "--gin_file=runs/prompt_infer.gin", *shared[1:],
+                 f"--gin.INPUT_FILE={rows}", f"--gin.OUTPUT_FILE={out}"]) == 0  # fmt: skip
+    assert len(out.read_text().splitlines()) == 2
+    capsys.readouterr()
+    assert main(["train", model, "--gin_file=runs/prompt_finetune.gin", f"--gin.MODEL_DIR={run}",
+                 "--gin.MIXTURE_OR_TASK_NAME=embedded_sentiment", "--gin.PROMPT_LENGTH=0",
+                 "--gin.PROMPT_DEPTH=2"]) == 2  # fmt: skip
+    assert "PROMPT_LENGTH is 0: there is no prompt to be deep" in capsys.readouterr().err

@@ -140,3 +140,23 @@ def test_a_run_stays_finished_in_a_larger_plan_alone():
     for other in ({"SEED": "1"}, {"TRAIN_STEPS": "7"}, {"MIXTURE_OR_TASK_NAME": "t"},
                   {"TASK_FEATURE_LENGTHS": "{'inputs': 8, 'targets': 8}"}):  # fmt: skip
         assert identity(**other) != plain
+
+
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("--gin.TARGETS=['squadd']", "no seqio task or mixture is named 'squadd'; did you mean"),
+        ("--gin.SOURCES=mrqa_bioasq", "task mrqa_bioasq has no split 'train'; it has validation"),
+        ("--gin.TARGET_SPLIT=dev", "task squad has no split 'dev'; it has train, validation"),
+        ("--gin.METHODS={'a': ['x']}", "'x' is neither a .gin file nor NAME=value"),
+        ("--gin.SEEDS=3", "SEEDS is 3, expected a list of integers"),
+    ],
+)
+def test_mistakes_are_found_before_anything_trains(tmp_path, capsys, flag, message):
+    assert main([
+        "transfer", "--gin_file=models/t5_1_1_embedded.gin", "--gin_file=runs/transfer.gin",
+        f"--gin.TRANSFER_DIR={tmp_path / 'out'}", flag,
+    ]) == 2  # fmt: skip
+    said = capsys.readouterr().err.strip()
+    assert message in said and len(said.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
