@@ -116,13 +116,13 @@ def test_the_probe_learns_what_the_states_hold(embedded, train):
         baselines.probe(embedded, train, evaluation.from_pairs(train, None))
 
 
-def test_the_command_reports_every_method(tmp_path, capsys, pairs):
+def test_the_command_reports_every_method(tiny_folder, tmp_path, capsys, pairs):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"text": t, "label": y}) + "\n" for t, y in pairs))
     shared = [
         "baseline", "--gin_file=models/t5_1_1_embedded.gin", "--gin_file=runs/baseline.gin",
         f"--train_file={path}", f"--validation_file={path}", f"--gin.EVAL_OUTPUT_DIR={tmp_path}",
-        "--labels=positive,negative",
+        "--labels=positive,negative", f"--gin.INITIAL_CHECKPOINT_PATH={tiny_folder}",
     ]  # fmt: skip
     figures = {}
     for method, *flags in (

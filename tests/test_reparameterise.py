@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import TINY
 from test_train import LENGTHS, batches_of, bits, fit, prompt_of
 
 import softprompt
@@ -224,12 +225,15 @@ def test_senseless_networks_are_refused():
         Mlp(activation="sine")
 
 
-def test_the_commands_train_count_evaluate_and_infer(tmp_path, capsys):
+def test_the_commands_train_count_evaluate_and_infer(tiny_folder, tmp_path, capsys):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "a fine film", "label": 0}\n{"text": "a dull film", "label": 1}\n')
-    model, run = "--gin_file=models/t5_1_1_embedded.gin", tmp_path / "run"
+    run, model = tmp_path / "run", "--gin_file=models/t5_1_1_embedded.gin"
+    own = [f"--gin.INITIAL_CHECKPOINT_PATH={tiny_folder}"]
+    width = TINY.emb_dim
     assert main([
-        "train", model, "--gin_file=runs/prompt_finetune.gin", "--gin_file=prompts/deep.gin",
+        "train", model, *own, "--gin.ARCHITECTURE=None",
+        "--gin_file=runs/prompt_finetune.gin", "--gin_file=prompts/deep.gin",
         "--gin_file=prompts/reparameterised.gin", f"--gin.MODEL_DIR={run}", "--labels=good,bad",
         f"--train_file={rows}", f"--validation_file={rows}", "--gin.PROMPT_LENGTH=3",
         "--gin.TRAIN_STEPS=2", "--gin.BATCH_SIZE=2", "--gin.EVAL_MODE=rank",
@@ -239,23 +243,23 @@ def test_the_commands_train_count_evaluate_and_infer(tmp_path, capsys):
     before, after = re.search("fingerprint before (.*), after (.*)", said).groups()
     assert before == after
     facts = json.loads((run / "run.json").read_text())
-    network = 256 * 5 + 5 + 5 * 256 + 256 + 2 * 256
-    assert facts["trainable_parameters"] == 2 * 3 * 256 + network
-    assert facts["parameters_per_task"] == 2 * 3 * 256
-    assert facts["bytes_per_task"] == 4 * 2 * 3 * 256
+    network = width * 5 + 5 + 5 * width + width + 2 * width
+    assert facts["trainable_parameters"] == 2 * 3 * width + network
+    assert facts["parameters_per_task"] == 2 * 3 * width
+    assert facts["bytes_per_task"] == 4 * 2 * 3 * width
     assert facts["prompt_depth"] == 2 and facts["network"]["bottleneck"] == 5
-    assert f"trainable parameters {2 * 3 * 256 + network:,}" in said and "6.0 KiB" in said
+    assert f"trainable parameters {2 * 3 * width + network:,}" in said and "576 bytes" in said
     best = run / "prompts" / "best.safetensors"
     array, deep, _ = prompt.load_deep(best)
-    assert array.shape == (3, 256) and deep.shape == (1, 3, 256)
-    shared = [model, f"--gin.PROMPT_FILE={best}", "--labels=good,bad"]
-    assert main(["eval", *shared[:1], "--gin_file=runs/prompt_eval.gin", *shared[1:],
+    assert array.shape == (3, width) and deep.shape == (1, 3, width)
+    shared = [model, *own, f"--gin.PROMPT_FILE={best}", "--labels=good,bad"]
+    assert main(["eval", model, "--gin_file=runs/prompt_eval.gin", *shared[1:],
                  f"--validation_file={rows}", "--gin.EVAL_MODE=rank"]) == 0  # fmt: skip
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     trained = json.loads((run / "eval" / "metrics.jsonl").read_text().splitlines()[-1])
     assert figures["accuracy"] == trained["accuracy"]
     out = tmp_path / "out.jsonl"
-    assert main(["infer", *shared[:1], "--gin_file=runs/prompt_infer.gin", *shared[1:],
+    assert main(["infer", model, "--gin_file=runs/prompt_infer.gin", *shared[1:],
                  f"--gin.INPUT_FILE={rows}", f"--gin.OUTPUT_FILE={out}"]) == 0  # fmt: skip
     assert len(out.read_text().splitlines()) == 2
     capsys.readouterr()
