@@ -111,7 +111,7 @@ def file(
 ) -> np.ndarray:
     """The prompt in a file, in any format that `formats.prompts` reads; P must be `length`.
 
-    Another task's prompt, for example (SPoT: Vu et al. 2022, arXiv 2110.07904, section 3). One that
+    Another task's prompt, for example (SPoT: Vu et al. 2022, arXiv 2110.07904). One that
     was trained for another backbone is refused unless `ignore_fingerprint`.
     """
     del key

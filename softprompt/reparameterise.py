@@ -1,7 +1,7 @@
 """Prompts behind a network that is trained with them and gone afterwards.
 
 While it trains, the prompt that the model reads is `P' = P + MLP(P)` (Razdaibiedina et al. 2023,
-arXiv 2305.03937, section 3: residual prompt tuning) or `P' = MLP(P)` (Li & Liang 2021,
+arXiv 2305.03937: residual prompt tuning) or `P' = MLP(P)` (Li & Liang 2021,
 arXiv 2101.00190, section 4.3). Both collapse to the plain array P', which is all that is saved.
 """
 

@@ -1,6 +1,6 @@
 """How alike prompts are, and starting from the most similar one (Vu et al. 2022, SPoT).
 
-A prompt of a little training on a task is an embedding of that task (arXiv 2110.07904, section 4);
+A prompt of a little training on a task is an embedding of that task (arXiv 2110.07904);
 tasks whose prompts are alike tend to help one another. So a short trial on the target task chooses,
 among the prompts of other tasks, which to start from.
 """
@@ -19,12 +19,12 @@ Measure = Callable[[np.ndarray, np.ndarray], float]
 
 
 def average_cosine(a: np.ndarray, b: np.ndarray) -> float:
-    """Cosine between the means of the vectors of `a` `[P, H]` and `b` `[Q, H]` (section 4.2)."""
+    """Cosine between the mean vectors of `a` `[P, H]` and `b` `[Q, H]` (their "average tokens")."""
     return float(_unit(a.mean(0, dtype=np.float64)) @ _unit(b.mean(0, dtype=np.float64)))
 
 
 def per_token_cosine(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean cosine over all pairs of a vector of `a` `[P, H]` and one of `b` `[Q, H]` (4.2)."""
+    """Mean cosine over all pairs of a vector of `a` `[P, H]` and one of `b` `[Q, H]`."""
     # The mean over pairs of products is the product of the means.
     return float(_unit(a.astype(np.float64)).mean(0) @ _unit(b.astype(np.float64)).mean(0))
 

@@ -248,9 +248,12 @@ def fit(
     def parameters() -> tree.Flat:
         return collapse({**fixed, **state["trainable"]})
 
+    # A prompt of which a part trains is kept whole.
+    prompts = [k for k in params if k.startswith("prompt/")]
+    kept = {*trained, *(prompts if any(k in trained for k in prompts) else ())}
+
     def trained_now() -> dict[str, np.ndarray]:
-        now = parameters()
-        return {k: np.asarray(jax.device_get(now[k])) for k in state["trainable"] if k in now}
+        return {k: np.asarray(jax.device_get(x)) for k, x in parameters().items() if k in kept}
 
     def save_checkpoint() -> None:
         if model_dir is not None:

@@ -59,6 +59,13 @@ def test_training_moves_the_prompt_and_no_bit_of_the_backbone(tiny, pairs, netwo
         assert (np.abs(result.trained[train.DEEP] - deep) > 0).mean() > 0.99
 
 
+def test_a_prompt_of_which_a_part_trains_is_kept_whole(tiny, pairs):
+    deep = deep_of(tiny)
+    result = fit(tiny, pairs, 1, deep=deep, trainable=("prompt/bank",))
+    np.testing.assert_array_equal(result.trained[train.DEEP], deep)
+    assert np.abs(result.trained[train.PROMPT] - prompt_of(tiny)).min() > 0
+
+
 def test_a_resumed_run_ends_bit_identical(tiny, pairs, tmp_path):
     figures = {2: 3.0, 4: 1.0, 6: 2.0, 7: 0.0}
     settings = dict(
