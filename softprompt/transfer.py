@@ -61,7 +61,7 @@ class Figure:
     target: str
     name: str
     seed: int
-    value: float
+    value: float = dataclasses.field(compare=False)
 
 
 def read(macros: Mapping[str, Any]) -> Spec:
@@ -118,7 +118,7 @@ def transfer(
     spec = read(config.macros())
     _check_tasks(spec, config.macros()["MIXTURE_OR_TASK_MODULE"])
     planned = list(runs(spec))
-    figures: list[Figure] = []
+    figures: dict[Figure, None] = {}
     spent: list[float] = []
     for number, run in enumerate(planned, 1):
         sweep.configure(run, files, bindings, search_paths)
@@ -138,16 +138,21 @@ def transfer(
         # A training that diverged has nothing to evaluate: its cells stay empty.
         if trained.figures:
             for target in spec.targets:
-                figures += evaluated(run, target, spec.split, macros)
-        write(spec, figures)
-    say(f"{write(spec, figures)}\n{len(planned)} trainings in {spec.folder}: results.csv, table.md")
+                # A task that is a target twice, by itself and in a mixture, counts once.
+                figures |= dict.fromkeys(evaluated(run, target, spec.split, macros))
+        write(spec, list(figures))
+    say(write(spec, list(figures)))
+    say(f"{len(planned)} trainings in {spec.folder}: results.csv, summary.csv, table.md")
     return True
 
 
 def _check_tasks(spec: Spec, modules: str | Sequence[str] | None) -> None:
     """Raises, before anything trains, where a task is unknown or lacks a split."""
     for module in [modules] if isinstance(modules, str) else modules or []:
-        importlib.import_module(module)
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"MIXTURE_OR_TASK_MODULE {module!r}: {error}") from None
     for names, split in ((spec.sources, "train"), (spec.targets, spec.split)):
         for name in names:
             for task, _ in data.get_tasks(name):

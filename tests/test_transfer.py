@@ -92,6 +92,9 @@ def test_the_command_trains_evaluates_goes_on_and_grows(tiny_folder, tmp_path, c
         ]) == 0  # fmt: skip
         return capsys.readouterr().out
 
+    def started(said):
+        return [line for line in said.splitlines() if line.startswith("--- ")]
+
     said = run("--gin.SEEDS=[0]")
     assert "--- training 2/2: prompt tuning, t_near, seed 0" in said
     with open(tmp_path / "out" / "results.csv") as file:
@@ -112,9 +115,14 @@ def test_the_command_trains_evaluates_goes_on_and_grows(tiny_folder, tmp_path, c
             assert float(row["value"]) == pytest.approx(trained, abs=0.01)
 
     said = run("--gin.SEEDS=[0]")
-    assert "---" not in said.split("|")[0], "nothing is run again"
+    assert started(said) == [], "nothing is run again"
     said = run("--gin.SEEDS=[0]", "--gin.TARGETS=['t_both', 't_far']")
-    assert said.count("--- ") == 2 and "evaluated on t_far" in said, "only what is new is run"
+    assert started(said) == [
+        f"--- {method}, evaluated on t_far, t_near, seed 0"
+        for method in ("model tuning", "prompt tuning")
+    ], "only what is new is run"
+    with open(tmp_path / "out" / "results.csv") as file:
+        assert list(csv.DictReader(file)) == rows, "a task that is a target twice counts once"
 
     assert main([
         "transfer", "--gin_file=models/t5_1_1_embedded.gin", "--gin_file=runs/transfer.gin",
@@ -150,6 +158,7 @@ def test_a_run_stays_finished_in_a_larger_plan_alone():
         ("--gin.SOURCES=mrqa_bioasq", "task mrqa_bioasq has no split 'train'; it has validation"),
         ("--gin.TARGET_SPLIT=dev", "task squad has no split 'dev'; it has train, validation"),
         ("--gin.METHODS={'a': ['x']}", "'x' is neither a .gin file nor NAME=value"),
+        ("--gin.MIXTURE_OR_TASK_MODULE=no.such", "MIXTURE_OR_TASK_MODULE 'no.such': No module"),
         ("--gin.SEEDS=3", "SEEDS is 3, expected a list of integers"),
     ],
 )
