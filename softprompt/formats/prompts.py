@@ -32,8 +32,8 @@ def read(path: str | os.PathLike) -> Prompt:
     array, deep, metadata = read_deep(path)
     if deep is not None:
         raise ValueError(
-            f"{str(path)!r} is a deep prompt, with rows for {len(deep) + 1} encoder layers; a plain "
-            f"one, [P, H], is expected here"
+            f"{str(path)!r} is a deep prompt, with rows for {len(deep) + 1} encoder layers; a "
+            f"plain one, [P, H], is expected here"
         )
     return array, metadata
 
