@@ -345,8 +345,8 @@ def train(
         z_loss=z_loss,
         label_smoothing=label_smoothing,
         label_ids=label_ids,
-        deep=deep,
-        reparameterisation=reparameterisation,
+        **({} if deep is None else {"deep": deep}),
+        **({} if reparameterisation is None else {"reparameterisation": reparameterisation}),
     )
     if result.interrupted:
         return result
