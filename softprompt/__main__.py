@@ -7,7 +7,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
-GIN_COMMANDS = ("train", "population", "eval", "infer", "baseline", "sweep")
+GIN_COMMANDS = ("train", "population", "eval", "infer", "baseline", "sweep", "transfer")
 USER_DATA_FLAGS = {
     "train_file": "TRAIN_FILE",
     "validation_file": "VALIDATION_FILE",
@@ -104,6 +104,7 @@ def parser() -> argparse.ArgumentParser:
         ("infer", "predict for the rows of a file"),
         ("baseline", "evaluate what prompt tuning is held against: majority, priming, a probe"),
         ("sweep", "train over points, tasks and seeds: gin/sweeps holds the paper's ablations"),
+        ("transfer", "train on one task, evaluate on others: prompt tuning beside model tuning"),
     ):
         command = commands.add_parser(
             name, help=what, epilog="--gin.NAME=VALUE overrides a gin macro or binding."
@@ -195,7 +196,7 @@ def _run_gin(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> int:
             raise ValueError(f"--gin_bindings {binding!r}: expected NAME=VALUE")
         bindings.append((name.strip(), value.strip()))
     bindings = [*_user_data(args), *bindings]
-    if args.ignore_fingerprint and args.command in ("eval", "infer"):
+    if args.ignore_fingerprint and args.command in ("train", "eval", "infer"):
         bindings.append(("IGNORE_FINGERPRINT", "True"))
     if args.data_dir:
         sources.use_data_dir(args.data_dir)
@@ -213,6 +214,11 @@ def _run_gin(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> int:
         from softprompt import members
 
         members.run(args.gin_file, bindings, search_paths)
+        return 0
+    if args.command == "transfer":
+        from softprompt import transfer
+
+        transfer.transfer(args.gin_file, bindings, search_paths)
         return 0
     config.parse(args.gin_file, bindings, search_paths)
     with config.errors():

@@ -25,6 +25,7 @@ from softprompt import data, evaluation, optim, partition, prompted, train, voti
 from softprompt import population as populations
 from softprompt import prompt as prompts
 from softprompt.backbone import Backbone
+from softprompt.reparameterise import Mlp
 from softprompt.tree import Flat
 
 Pair = tuple[str, str]
@@ -36,15 +37,17 @@ LENGTHS = {"inputs": 512, "targets": 64}
 class Prompt:
     """A tuned prompt `[P, H]` float32, and what it was tuned on.
 
-    `metadata` holds backbone and its fingerprint, task, length, initialisation, step and metrics.
+    `metadata` holds backbone and its fingerprint, task, length, initialisation, step and metrics;
+    `deep` the rows `[D - 1, P, H]` of a deep prompt.
     """
 
     array: np.ndarray
     metadata: Mapping[str, Any]
+    deep: np.ndarray | None = None
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes a `.safetensors` file, atomically."""
-        prompts.save(path, self.array, self.metadata)
+        prompts.save(path, self.array, self.metadata, self.deep)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,10 +81,11 @@ def load_prompt(
     With `backbone`, a prompt that was trained for another one is refused (ValueError) unless
     `ignore_fingerprint`.
     """
-    array, metadata = prompts.load(path)
+    array, deep, metadata = prompts.load_deep(path)
     if backbone is not None:
         prompts.check_backbone(path, array, metadata, backbone, ignore_fingerprint)
-    return Prompt(array, metadata)
+        prompts.check_depth(path, deep, backbone)
+    return Prompt(array, metadata, deep)
 
 
 def embedded_data(name: str) -> EmbeddedData:
@@ -158,6 +162,8 @@ def tune(
     model_dir: str | os.PathLike | None = None,
     lengths: Mapping[str, int] = LENGTHS,
     seed: int = 0,
+    prompt_depth: int | str = 1,
+    reparameterisation: Mlp | None = None,
 ) -> Prompt:
     """Tunes a prompt for a frozen backbone and returns the best one.
 
@@ -172,6 +178,8 @@ def tune(
       loss: 'labels' (the default with labels) tells the right label from the others, for
         `classify`; 'tokens' is the paper's, of the target text, for `generate` too.
       model_dir: where checkpoints, prompts and figures go; the same call goes on from there.
+      prompt_depth: encoder layers that read the prompt anew, or 'all'; 1 is the input alone.
+      reparameterisation: a network that the prompt is trained behind (`reparameterise.Mlp()`).
 
     Returns:
       The prompt of the best validation, or of the last step without `validation_data`.
@@ -180,7 +188,8 @@ def tune(
     arguments, about = _tuning(backbone, {}, **settings)
     result = train.fit(**arguments)
     note = {"step": result.best_step, "metrics": result.metrics}
-    return Prompt(result.best[train.PROMPT], {**about, **note})
+    best = result.best
+    return Prompt(best[train.PROMPT], {**about, **note}, best.get(train.DEEP))
 
 
 def tune_many(
@@ -244,6 +253,8 @@ def _tuning(
     model_dir: str | os.PathLike | None,
     lengths: Mapping[str, int],
     seed: int,
+    prompt_depth: int | str,
+    reparameterisation: Mlp | None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The arguments of `train.fit` for those of `tune`, and what the prompt's metadata say.
 
@@ -266,8 +277,9 @@ def _tuning(
             raise ValueError(f"the target {text!r} is not among the labels {list(labels)}")
     init = prompt_init or (prompts.class_labels if labels else prompts.sampled_vocab)
     embedding = np.asarray(backbone.params["token_embedder/embedding"], np.float32)
-    source = prompts.Source(embedding, backbone.vocabulary, labels)
+    source = prompts.Source(embedding, backbone.vocabulary, labels, backbone)
     initial = init(jax.random.key(seed), prompt_length, source)
+    deep = prompts.deep_rows(backbone, initial, prompt_depth)
     loss = loss or (evaluation.LABELS if labels else evaluation.TOKENS)
     label_ids = evaluation.training_labels(loss, [examples], [labels], backbone.vocabulary)
     slots = prompted.slots(backbone.cfg.vocab_size, prompt_length)
@@ -289,10 +301,13 @@ def _tuning(
         "initialisation": getattr(init, "__name__", str(init)),
         "loss": loss,
         "seed": seed,
+        **({} if deep is None else {"prompt_depth": len(deep) + 1}),
+        **({} if reparameterisation is None else {"network": vars(reparameterisation)}),
     }
 
     def save(path: pathlib.Path, trained: dict[str, np.ndarray], note: dict[str, Any]) -> None:
-        prompts.save(f"{path}.safetensors", trained[train.PROMPT], {**about, **note})
+        array, further = trained[train.PROMPT], trained.get(train.DEEP)
+        prompts.save(f"{path}.safetensors", array, {**about, **note}, further)
 
     arguments = dict(
         backbone=backbone,
@@ -310,6 +325,8 @@ def _tuning(
         identity={**about, "batch_size": batch_size},
         seed=seed,
         label_ids=label_ids,
+        deep=deep,
+        reparameterisation=reparameterisation,
     )
     return arguments, about
 
@@ -327,6 +344,9 @@ def _with_prompt(backbone: Backbone, prompt: Prompt | np.ndarray | None) -> tupl
         return flat, 0
     if isinstance(prompt, Prompt):
         prompts.check_backbone("prompt", prompt.array, prompt.metadata, backbone)
+        prompts.check_depth("prompt", prompt.deep, backbone)
+        if prompt.deep is not None:
+            flat[train.DEEP] = jax.device_put(prompt.deep, partition.replicated(backbone.mesh))
         prompt = prompt.array
     flat[train.PROMPT] = jax.device_put(
         np.asarray(prompt, np.float32), partition.replicated(backbone.mesh)

@@ -43,14 +43,18 @@ def prime(
     seed: int = 0,
     description: str = "",
     separator: str = " answer: ",
-) -> tuple[data.Examples, int]:
+) -> tuple[data.Examples, dict[str, int]]:
     """`examples` behind a description and `shots` examples of `train`, in the input's own tokens.
 
-    The classes take turns among the shots, each drawn at random. Where an input leaves too little
-    of `length` tokens, the last shots are left out for it, never a part of one.
+    The targets take turns among the shots, each example drawn at random. `separator` stands between
+    an input and its target. Where an input leaves too little of `length` tokens, the last shots are
+    left out for it, then the description, then the separator, never a part of one; the input stays.
 
-    Returns the primed examples, and how many of them lost a shot.
+    Returns the primed examples, and of how many some 'shots', the 'description' or the 'separator'
+    was left out.
     """
+    if shots > len(train):
+        raise ValueError(f"SHOTS is {shots}, but {train.name} has {len(train)} training examples")
     rng = np.random.default_rng(seed)
     by_target: dict[tuple[int, ...], list[int]] = collections.defaultdict(list)
     for i in rng.permutation(len(train)):
@@ -66,20 +70,24 @@ def prime(
         for i in turns[:shots]
     ]
     opening = vocabulary.encode(description) if description else []
-    inputs, short = [], 0
+    inputs, lost = [], {"shots": 0, "description": 0, "separator": 0}
     for ids in examples.inputs:
         asked = [*question(ids), EOS_ID]
-        room = length - len(asked) - len(opening)
-        front: list[int] = []
+        if len(asked) > length:
+            lost["separator"] += 1
+            asked = ids.tolist()
+        front = opening if len(opening) + len(asked) <= length else []
+        lost["description"] += front != opening
         for shot in demonstrations:
-            if len(front) + len(shot) > room:
-                short += 1
+            # Shots stand behind their description or not at all.
+            if front[: len(opening)] != opening or len(front) + len(shot) + len(asked) > length:
+                lost["shots"] += 1
                 break
-            front += shot
-        inputs.append(np.array([*opening, *front, *asked], np.int32) if room >= 0 else ids)
+            front = front + shot
+        inputs.append(np.array([*front, *asked], np.int32))
     return (
         data.Examples(examples.name, inputs, examples.targets, examples.records, examples.cut),
-        short,
+        lost,
     )
 
 
@@ -107,8 +115,11 @@ def probe(
     """Targets predicted by logistic regression on `pooled` states.
 
     Of `train`, at most `most` examples drawn at random are used. The regularisation is chosen among
-    1e-3 … 10 by three-fold cross-validation on them.
+    1e-3 … 10 by three-fold cross-validation on them (by fewer folds, or taken as 1, where a class
+    has fewer examples). A task without labels is an error.
     """
+    if task.labels is None:
+        raise ValueError(f"METHOD 'probe' is for tasks with labels, {task.name} has none")
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GridSearchCV
     from sklearn.pipeline import make_pipeline
@@ -125,10 +136,10 @@ def probe(
     targets = target_texts(part, backbone.vocabulary)
     if len(set(targets)) == 1:
         return [targets[0]] * len(task.examples)
-    model = GridSearchCV(
-        make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)),
-        {"logisticregression__C": (1e-3, 1e-2, 1e-1, 1.0, 10.0)},
-        cv=3,
-    )
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000))
+    folds = min(3, *collections.Counter(targets).values())
+    if folds > 1:
+        strengths = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+        model = GridSearchCV(model, {"logisticregression__C": strengths}, cv=folds)
     model.fit(pooled(backbone, part), targets)
     return model.predict(pooled(backbone, task.examples)).tolist()

@@ -135,14 +135,22 @@ def _count(stored: Stored) -> int:
 
 
 def _convert_prompt(source: str, output: pathlib.Path, to: str, backbone: str | None) -> str:
-    array, metadata = prompts.read(source)
+    array, deep, metadata = prompts.read_deep(source)
+    if deep is not None and to != "prompt":
+        raise ValueError(
+            f"{source!r} is a deep prompt, with rows for {len(deep) + 1} encoder layers; --to {to} "
+            f"holds the input's alone, choose --to prompt"
+        )
     if note := metadata.get("note"):
         say(f"{source}: {note}")
     if backbone is not None:
         owner = backbones.load(backbone)
         prompt.check_backbone(source, array, metadata, owner)
         metadata |= {"backbone": owner.name, "backbone_fingerprint": owner.fingerprint}
-    PROMPTS[to](output, array, metadata)
+    if deep is not None:
+        prompts.write(output, array, metadata, deep)
+    else:
+        PROMPTS[to](output, array, metadata)
     return f"prompt of {array.shape[0]} vectors of width {array.shape[1]}"
 
 
@@ -177,8 +185,11 @@ def inspect(
         stored = formats.open_stored(path, vocabulary_file)
         backbones.check(stored)
         return _describe(stored)
-    array, metadata = prompts.read(path)
-    lines = [json.dumps({"shape": list(array.shape), **metadata}, indent=2, sort_keys=True)]
+    array, deep, metadata = prompts.read_deep(path)
+    facts = {"shape": list(array.shape), **metadata}
+    if deep is not None:
+        facts["deep_shape"] = list(deep.shape)
+    lines = [json.dumps(facts, indent=2, sort_keys=True)]
     embedded = formats.open_stored("embedded")
     if backbone is None and metadata.get("backbone_fingerprint") == embedded.fingerprint:
         backbone = "embedded"

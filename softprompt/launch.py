@@ -1,6 +1,7 @@
 """The binaries behind `softprompt train | eval | infer | baseline`: from gin's values to a run."""
 
 import dataclasses
+import functools
 import glob
 import importlib
 import json
@@ -29,6 +30,7 @@ from softprompt import (
     partition,
     prompt,
     prompted,
+    reparameterise,
     tree,
     voting,
 )
@@ -172,6 +174,8 @@ def train(
     text_corpus: Path | None = None,
     prompt_length: int = 100,
     prompt_init: prompt.Initializer = prompt.random_uniform,
+    prompt_depth: int | str = 1,
+    reparameterisation: reparameterise.Mlp | None = None,
     trainable: Sequence[str] = ("prompt/.*",),
     frozen: Sequence[str] = (".*",),
     optimizer: Callable[[], optax.GradientTransformation] = optim.adafactor,
@@ -231,6 +235,8 @@ def train(
         KEEP_CHECKPOINTS=(keep_checkpoints, 1),
         LOG_PERIOD=(log_period, 1),
     )
+    if not prompt_length and (prompt_depth != 1 or reparameterisation is not None):
+        raise ValueError("PROMPT_LENGTH is 0: there is no prompt to be deep or reparameterised")
     folder = pathlib.Path(model_dir)
     devices = mesh()
     backbone = shared(
@@ -253,7 +259,7 @@ def train(
     slots = prompted.slots(backbone.cfg.vocab_size, prompt_length)
 
     class_labels = [evaluation.label_classes(task) for task, _ in tasks]
-    initial = None
+    initial = deep = None
     if prompt_length:
         initial = prompt_init(
             jax.random.key(seed),
@@ -262,8 +268,10 @@ def train(
                 np.asarray(backbone.params["token_embedder/embedding"], np.float32),
                 vocabulary,
                 class_labels[0],
+                backbone,
             ),
         )
+        deep = prompt.deep_rows(backbone, initial, prompt_depth)
     if stream:
         batches = data.stream_batches(
             mixture_or_task_name, "train", task_feature_lengths, batch_size, seed
@@ -306,7 +314,7 @@ def train(
     )  # fmt: skip
 
     def save_backbone(path: pathlib.Path, params: tree.Flat, note: dict[str, Any]) -> str:
-        weights = {k: v for k, v in params.items() if k != training.PROMPT}
+        weights = {k: v for k, v in params.items() if not k.startswith("prompt/")}
         name = backbone_name or backbone.name
         note = {"task": mixture_or_task_name, "trained_from": _origin(backbone), **note}
         stored = Stored.of(name, backbone.cfg, weights, vocabulary, note)
@@ -334,18 +342,27 @@ def train(
         "loss": loss,
         **({"target_sentinel": True} if target_sentinel else {}),
         "seed": seed,
+        **({} if deep is None else {"prompt_depth": len(deep) + 1}),
+        **({} if reparameterisation is None else {"network": vars(reparameterisation)}),
     }
 
     def save(path: pathlib.Path, trained: dict[str, np.ndarray], note: dict[str, Any]) -> None:
         if training.PROMPT in trained:
-            prompt.save(f"{path}.safetensors", trained[training.PROMPT], {**about, **note})
+            array, further = trained[training.PROMPT], trained.get(training.DEEP)
+            prompt.save(f"{path}.safetensors", array, {**about, **note}, further)
 
-    _write_run_files(folder, backbone, about)
+    cost = _cost(backbone, initial, deep, reparameterisation, trainable, backbone_dtype)
+    _write_run_files(folder, backbone, {**about, **cost})
     count = tree.count({k: v for k, v in backbone.params.items()})
     say(
         f"backbone {backbone.name} ({count / 1e6:.1f}M parameters, fingerprint "
         f"{backbone.fingerprint}), mesh {dict(devices.shape)}, prompt length {prompt_length}, "
         f"task {mixture_or_task_name}, ready after {duration(time.monotonic() - began)}"
+    )
+    say(
+        f"trainable parameters {cost['trainable_parameters']:,} "
+        f"({100 * cost['trainable_parameters'] / count:.3g}% of the backbone's); kept for the "
+        f"task: {cost['parameters_per_task']:,} ({size(cost['bytes_per_task'])})"
     )
     result = fit(
         backbone,
@@ -374,6 +391,8 @@ def train(
         z_loss=z_loss,
         label_smoothing=label_smoothing,
         label_ids=label_ids,
+        **({} if deep is None else {"deep": deep}),
+        **({} if reparameterisation is None else {"reparameterisation": reparameterisation}),
     )
     if result.interrupted:
         return result
@@ -388,6 +407,39 @@ def train(
         print_name = save_backbone(out, {**backbone.params, **result.best}, note)
         say(f"tuned backbone of step {result.best_step}: {out} (fingerprint {print_name})")
     return result
+
+
+def _cost(
+    backbone: Backbone,
+    initial: np.ndarray | None,
+    deep: np.ndarray | None,
+    reparameterisation: reparameterise.Mlp | None,
+    trainable: Sequence[str],
+    dtype: str,
+) -> dict[str, int]:
+    """How many parameters train, and how many, in how many bytes, are kept for the task.
+
+    A network that the prompt trains behind trains too, but is not kept; where backbone weights
+    train, all of them are kept, as `dtype`.
+    """
+    kept: tree.Flat = {}
+    if initial is not None:
+        kept = {training.PROMPT: initial} | ({} if deep is None else {training.DEEP: deep})
+    bytes_kept = 4 * tree.count(kept)
+    shapes = kept
+    if reparameterisation is not None and kept:
+        init = functools.partial(reparameterisation.init, prompt=kept)
+        shapes = jax.eval_shape(init, jax.random.key(0))
+    if any(tree.matches(path, trainable) for path in backbone.params):
+        shapes, kept = {**backbone.params, **shapes}, {**backbone.params, **kept}
+        widths = {"float32": 4, "bfloat16": 2, "int8": 1}
+        bytes_kept += widths[dtype] * tree.count(backbone.params)
+    trained = {path: x for path, x in shapes.items() if tree.matches(path, trainable)}
+    return {
+        "trainable_parameters": tree.count(trained),
+        "parameters_per_task": tree.count(kept),
+        "bytes_per_task": bytes_kept,
+    }
 
 
 def _origin(backbone: Backbone) -> dict[str, Any]:
@@ -435,10 +487,9 @@ def _prompted(
     flat = dict(backbone.params)
     if prompt_file is None:
         return flat, 0
-    array, metadata = prompt.load(prompt_file)
-    prompt.check_backbone(prompt_file, array, metadata, backbone, ignore_fingerprint)
-    flat[training.PROMPT] = jax.device_put(array, partition.replicated(backbone.mesh))
-    return flat, len(array)
+    found = prompt.load_parameters(prompt_file, backbone, ignore_fingerprint)
+    flat |= jax.device_put(found, partition.replicated(backbone.mesh))
+    return flat, len(found[training.PROMPT])
 
 
 def _banked(
@@ -616,14 +667,14 @@ def baseline(
         if method in ("none", "priming"):
             if method == "priming":
                 train_set = data.from_task(source, "train", task_feature_lengths)
-                primed, short = baselines.prime(
+                primed, lost = baselines.prime(
                     train_set, task.examples, vocabulary, shots,
                     task_feature_lengths["inputs"], seed, description,
                 )  # fmt: skip
-                if short:
-                    say(
-                        f"{task.name}: {short} of {len(primed)} inputs hold less than {shots} shots"
-                    )
+                for what, n in lost.items():
+                    if n:
+                        wanted = f"all {shots} shots" if what == "shots" else f"the {what}"
+                        say(f"{task.name}: {n} of {len(primed)} inputs have no room for {wanted}")
                 task = dataclasses.replace(task, examples=primed)
             predictions, scores = predictor.predict(backbone.params, task)
         else:

@@ -12,7 +12,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from softprompt import partition, tree
 from softprompt.formats import prompts
+from softprompt.prompted import PromptedT5, slots
 from softprompt.vocabulary import Vocabulary
 
 # Lester et al. 2021, section 3.2: sampled from "the 5,000 most common tokens", which are the first
@@ -22,11 +24,15 @@ POPULATION = 5000
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What an initialiser may look at: embedding `[V, H]` float32, vocabulary, class labels."""
+    """What an initialiser may look at: embedding `[V, H]` float32, vocabulary, class labels.
+
+    With `backbone` (a `backbone.Backbone`) prompts of other backbones are refused.
+    """
 
     embedding: np.ndarray
     vocabulary: Vocabulary | None = None
     class_labels: Sequence[str] | None = None
+    backbone: Any = None
 
 
 Initializer = Callable[[jax.Array, int, Source], np.ndarray]
@@ -96,10 +102,22 @@ def text(
     return rows
 
 
-def file(key: jax.Array, length: int, source: Source, path: str | os.PathLike) -> np.ndarray:
-    """The prompt in a file, in any format that `formats.prompts` reads; P must be `length`."""
+def file(
+    key: jax.Array,
+    length: int,
+    source: Source,
+    path: str | os.PathLike,
+    ignore_fingerprint: bool = False,
+) -> np.ndarray:
+    """The prompt in a file, in any format that `formats.prompts` reads; P must be `length`.
+
+    Another task's prompt, for example (SPoT: Vu et al. 2022, arXiv 2110.07904). One that
+    was trained for another backbone is refused unless `ignore_fingerprint`.
+    """
     del key
-    prompt, _ = load(path)
+    prompt, metadata = load(path)
+    if source.backbone is not None:
+        check_backbone(path, prompt, metadata, source.backbone, ignore_fingerprint)
     expected = (length, source.embedding.shape[1])
     if prompt.shape != expected:
         raise ValueError(
@@ -107,6 +125,36 @@ def file(key: jax.Array, length: int, source: Source, path: str | os.PathLike) -
             f"(PROMPT_LENGTH, width of the backbone)"
         )
     return prompt
+
+
+def deep_rows(backbone: Any, array: np.ndarray, depth: int | str) -> np.ndarray | None:
+    """Initial rows `[D - 1, P, H]` of the layers that a deep prompt reaches beyond the input.
+
+    They are the states that the prompt `array` `[P, H]` itself, without any text, has there: a
+    deep prompt starts on the ground that each layer was trained on.
+
+    Args:
+      backbone: a `backbone.Backbone`.
+      depth: D, the encoder layers that read the prompt anew; 1 gives None, 'all' is every one.
+    """
+    layers = backbone.cfg.num_encoder_layers
+    depth = layers if depth == "all" else depth
+    if not isinstance(depth, int) or isinstance(depth, bool) or not 1 <= depth <= layers:
+        raise ValueError(
+            f"PROMPT_DEPTH is {depth!r}, expected 'all' or from 1 to the backbone's {layers} "
+            f"encoder layers"
+        )
+    if depth == 1:
+        return None
+    module = PromptedT5(dataclasses.replace(backbone.cfg, dropout_rate=0.0), len(array))
+    bank = jax.device_put(array, partition.replicated(backbone.mesh))
+
+    def states(flat: tree.Flat, ids: np.ndarray) -> jax.Array:
+        return module.apply({"params": tree.unflatten(flat)}, ids, method="layer_inputs")
+
+    ids = slots(backbone.cfg.vocab_size, len(array))[None]
+    found = jax.jit(states)({**backbone.params, "prompt/bank": bank}, ids)
+    return np.asarray(found[: depth - 1, 0], np.float32)
 
 
 def _encode(text: str, source: Source) -> list[int]:
@@ -121,6 +169,7 @@ def _encode(text: str, source: Source) -> list[int]:
 # --- files --------------------------------------------------------------------------------------
 
 load = prompts.read
+load_deep = prompts.read_deep
 save = prompts.write
 
 
@@ -132,6 +181,29 @@ def bank(prompts: Sequence[np.ndarray | None], width: int) -> tuple[np.ndarray, 
     none = np.zeros((0, width), np.float32)
     rows = [none if array is None else np.asarray(array, np.float32) for array in prompts]
     return np.concatenate([none, *rows]), [len(array) for array in rows]
+
+
+def load_parameters(
+    path: str | os.PathLike, backbone: Any, ignore_fingerprint: bool = False
+) -> dict[str, np.ndarray]:
+    """The prompt in a file as parameters: `prompt/bank` `[P, H]`, and `prompt/deep` of a deep one.
+
+    Raises what `load_deep`, `check_backbone` and `check_depth` do.
+    """
+    array, deep, metadata = load_deep(path)
+    check_backbone(path, array, metadata, backbone, ignore_fingerprint)
+    check_depth(path, deep, backbone)
+    return {"prompt/bank": array} | ({} if deep is None else {"prompt/deep": deep})
+
+
+def check_depth(path: str | os.PathLike, deep: np.ndarray | None, backbone: Any) -> None:
+    """Raises where a deep prompt has rows for more layers than the encoder has."""
+    layers = backbone.cfg.num_encoder_layers
+    if deep is not None and len(deep) >= layers:
+        raise ValueError(
+            f"the prompt {str(path)!r} has rows for {len(deep) + 1} encoder layers, the backbone "
+            f"{backbone.name!r} has {layers}"
+        )
 
 
 def check_backbone(

@@ -3,6 +3,11 @@
 Encoder input ids `< V` are tokens; an id `V + r` is a *slot*, filled by row r of the bank
 `[N·P, H]`. A prepended prompt is P slots before the tokens; different prompts per row, in the
 middle of a text, or several in one packed row need no further model code.
+
+A *deep* prompt has rows for the inputs of further encoder layers too: `prompt/deep`
+`[D - 1, N·P, H]` replaces the hidden states at the slots before the layers 1 … D - 1, whatever the
+layer before made of them (Jia et al. 2022, arXiv 2203.12119, section 3.2, "deep"; for language
+models Liu et al. 2022, arXiv 2110.07602, who give every layer keys and values instead).
 """
 
 from collections.abc import Sequence
@@ -13,13 +18,17 @@ import numpy as np
 from flax import linen as nn
 from flax.linen import partitioning
 
-from softprompt.t5 import T5, T5Config
+from softprompt.t5 import T5, Before, T5Config
 
 Array = jax.Array
 
 
 class PromptBank(nn.Module):
-    """Rows of N prompts, `[N·P, H]`, kept and injected in float32 precision of the parameters."""
+    """Rows of N prompts, `[N·P, H]`, kept and injected in float32 precision of the parameters.
+
+    The rows of deeper layers, `deep` `[D - 1, N·P, H]`, are never initialised here: they take part
+    where the parameters hold them.
+    """
 
     rows: int
     width: int
@@ -35,16 +44,28 @@ class PromptBank(nn.Module):
 
     def __call__(self, x: Array, ids: Array, first_slot: int) -> Array:
         """Puts bank rows where `ids` `[B, T]` are slots; elsewhere keeps `x` `[B, T, H]`."""
+        return _place(self.bank, x, ids - first_slot)
+
+    def before(self, ids: Array, first_slot: int) -> Before | None:
+        """What puts the deep rows before the encoder's layers; None where there are none."""
+        if not self.has_variable("params", "deep"):
+            return None
+        deep = self.get_variable("params", "deep")
         row = ids - first_slot
-        rows = jnp.take(self.bank, jnp.clip(row, 0, self.rows - 1), axis=0)
-        return jnp.where((row >= 0)[..., None], rows.astype(x.dtype), x)
+        return lambda layer, x: _place(deep[layer - 1], x, row) if layer <= len(deep) else x
+
+
+def _place(rows: Array, x: Array, row: Array) -> Array:
+    """`rows` `[R, H]` in place of `x` `[B, T, H]` where `row` `[B, T]` is not negative."""
+    found = jnp.take(rows, jnp.clip(row, 0, len(rows) - 1), axis=0)
+    return jnp.where((row >= 0)[..., None], found.astype(x.dtype), x)
 
 
 class PromptedT5(nn.Module):
     """T5 whose encoder inputs may hold slots.
 
-    Parameters are those of the T5 (same tree, at the root) and `prompt/bank` `[rows, H]`; with
-    `rows = 0` it is a plain T5.
+    Parameters are those of the T5 (same tree, at the root), `prompt/bank` `[rows, H]`, and of a
+    deep prompt `prompt/deep` `[D - 1, rows, H]`; with `rows = 0` it is a plain T5.
     """
 
     cfg: T5Config
@@ -63,9 +84,24 @@ class PromptedT5(nn.Module):
         if encoder_segments is None:
             encoder_segments = (encoder_ids > 0).astype(jnp.int32)
         x = self.t5.embed(encoder_ids)
+        before = None
         if self.rows:
             x = self.prompt(x, encoder_ids, self.cfg.vocab_size)
-        return self.t5.encode(x, encoder_segments, deterministic), encoder_segments
+            before = self.prompt.before(encoder_ids, self.cfg.vocab_size)
+        return self.t5.encode(x, encoder_segments, deterministic, before), encoder_segments
+
+    def layer_inputs(self, encoder_ids: Array) -> Array:
+        """What every encoder layer but the first reads, `[layers - 1, B, T, H]`."""
+        found = []
+
+        def keep(layer: int, x: Array) -> Array:
+            del layer
+            found.append(x)
+            return x
+
+        x = self.prompt(self.t5.embed(encoder_ids), encoder_ids, self.cfg.vocab_size)
+        self.t5.encode(x, (encoder_ids > 0).astype(jnp.int32), before=keep)
+        return jnp.stack(found)
 
     def __call__(
         self,

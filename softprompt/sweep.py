@@ -27,7 +27,13 @@ from softprompt.logbook import duration, say
 
 BINARIES = ("train", "baseline")
 # The macro that names a binary's output folder.
-OUTPUT = {"train": "MODEL_DIR", "baseline": "EVAL_OUTPUT_DIR"}
+OUTPUT = {"train": "MODEL_DIR", "baseline": "EVAL_OUTPUT_DIR", "eval": "EVAL_OUTPUT_DIR"}
+# Macros that say which runs there are and where they go: a finished run holds in a larger plan too.
+PLAN = (
+    *("SWEEP_DIR", "TITLE", "AXIS", "POINTS", "LINES", "TASKS", "SEEDS"),
+    *("TRANSFER_DIR", "SOURCES", "TARGETS", "TARGET_SPLIT", "METHODS"),
+    *set(OUTPUT.values()),
+)
 MEAN = "mean"
 Settings = Mapping[str, Sequence[str]]
 
@@ -85,18 +91,8 @@ def read(macros: Mapping[str, Any]) -> Spec:
     if missing := [name for name in needed if macros.get(name) is None]:
         raise ValueError(f"a sweep needs {', '.join(missing)}; include a sweeps/*.gin")
     for name in ("POINTS", "LINES", "TASKS"):
-        value = macros[name]
-        good = isinstance(value, Mapping) and all(
-            isinstance(settings, Sequence) and not isinstance(settings, str)
-            for settings in value.values()
-        )
-        if not good or not value:
-            raise ValueError(
-                f"{name} is {value!r}, expected {{'a name': ['file.gin', 'NAME=value', …], …}}"
-            )
-    seeds = macros["SEEDS"]
-    if not isinstance(seeds, Sequence) or not seeds or not all(type(s) is int for s in seeds):
-        raise ValueError(f"SEEDS is {seeds!r}, expected a list of integers such as [0, 1, 2]")
+        settings_of(name, macros[name])
+    seeds = seeds_of(macros["SEEDS"])
     named = {k: v for k, v in macros.items() if isinstance(v, str | os.PathLike)}
 
     def filled(settings: Settings) -> Settings:
@@ -115,6 +111,27 @@ def read(macros: Mapping[str, Any]) -> Spec:
         filled(macros["TASKS"]),
         seeds,
     )
+
+
+def settings_of(name: str, value: Any) -> Settings:
+    """`value`, which must map names to lists of gin files and bindings; else an error."""
+    good = isinstance(value, Mapping) and all(
+        isinstance(settings, Sequence) and not isinstance(settings, str)
+        for settings in value.values()
+    )
+    if not good or not value:
+        raise ValueError(
+            f"{name} is {value!r}, expected {{'a name': ['file.gin', 'NAME=value', …], …}}"
+        )
+    return value
+
+
+def seeds_of(value: Any) -> Sequence[int]:
+    """`value`, which must be a list of integers; else an error."""
+    good = isinstance(value, Sequence) and all(type(s) is int for s in value)
+    if not good or not value:
+        raise ValueError(f"SEEDS is {value!r}, expected a list of integers such as [0, 1, 2]")
+    return value
 
 
 def runs(spec: Spec) -> Iterator[Run]:
@@ -146,21 +163,21 @@ def sweep(
     planned = list(runs(spec))
     known = set()
     for run in planned:
-        _configure(run, files, bindings, search_paths)
+        configure(run, files, bindings, search_paths)
         known |= set(config.macros())
     if odd := [name for name, _ in bindings if "." not in name and name not in known]:
         raise ValueError(f"--gin.{odd[0]}: no run of this sweep knows the name {odd[0]!r}")
     outcomes, spent = [], []
     for number, run in enumerate(planned, 1):
-        binary = _configure(run, files, bindings, search_paths)
-        if found := _finished(run):
+        binary = configure(run, files, bindings, search_paths)
+        if found := finished(run):
             outcomes.append(found)
             continue
         left = ""
         if spent:
             left = f", about {duration(np.mean(spent) * (len(planned) - number + 1))} left"
         say(f"--- run {number}/{len(planned)}: {run}{left}")
-        outcome = _do(run, binary)
+        outcome = do(run, binary)
         jax.clear_caches()
         if outcome is None:
             say(f"stopped during {run}; the same command goes on from here")
@@ -173,7 +190,7 @@ def sweep(
     return True
 
 
-def _configure(run: Run, files, bindings, search_paths) -> str:
+def configure(run: Run, files, bindings, search_paths) -> str:
     """Makes gin's configuration that of the run; returns the binary that it configures."""
     extra = [s for s in run.settings if s.endswith(".gin") and "=" not in s]
     own = [tuple(s.split("=", 1)) for s in run.settings if s not in extra]
@@ -198,14 +215,18 @@ def _known(bindings: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def _identity() -> str:
-    """A digest of the configuration, less where it is written to."""
-    text = config.operative().replace("\\\n    ", "")
-    places = ("SWEEP_DIR", *OUTPUT.values())
-    lines = [x for x in text.splitlines() if not x.startswith(places)]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+    """A digest of the configuration, less the plan it belongs to and where it is written."""
+    kept, keep = [], True
+    for line in config.operative().splitlines():
+        if not line.startswith(" "):  # Else it goes on with the binding above it.
+            keep = line.split(" = ")[0] not in PLAN
+        if keep:
+            kept.append(line)
+    return hashlib.sha256("\n".join(kept).encode()).hexdigest()[:16]
 
 
-def _finished(run: Run) -> Outcome | None:
+def finished(run: Run) -> Outcome | None:
+    """What a run left that was done under the configuration in force; None where it was not."""
     path = run.folder / "result.json"
     if not path.exists():
         return None
@@ -219,7 +240,7 @@ def _finished(run: Run) -> Outcome | None:
     return Outcome(run, score, found["figures"], found["seconds"])
 
 
-def _do(run: Run, binary: str) -> Outcome | None:
+def do(run: Run, binary: str) -> Outcome | None:
     """Does one run; None if it was interrupted. A diverged one has no figures, and no score."""
     identity = _identity()
     best_metric = config.macros().get("BEST_METRIC")
@@ -274,7 +295,8 @@ def deviation(scores: Sequence[float]) -> float:
     return float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0
 
 
-def _csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> bytes:
+def as_csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> bytes:
+    """A table as CSV."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
@@ -292,11 +314,11 @@ def write(spec: Spec, outcomes: Sequence[Outcome]) -> str:
         for o in outcomes
     ]  # fmt: skip
     header = ("line", "point", "task", "seed", "score", "figures", "seconds")
-    checkpoint.write_atomically(spec.folder / "results.csv", _csv(header, rows))
+    checkpoint.write_atomically(spec.folder / "results.csv", as_csv(header, rows))
     found = summary(spec, outcomes)
     rows = [(*key, f"{np.mean(s):.2f}", f"{deviation(s):.2f}", len(s)) for key, s in found.items()]
     header = ("line", "point", "task", "mean", "standard_deviation", "seeds")
-    checkpoint.write_atomically(spec.folder / "summary.csv", _csv(header, rows))
+    checkpoint.write_atomically(spec.folder / "summary.csv", as_csv(header, rows))
     text = table(spec, found)
     checkpoint.write_atomically(spec.folder / "table.md", text.encode())
     plot(spec, found, spec.folder / "plot.png")

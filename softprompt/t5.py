@@ -8,6 +8,7 @@ V vocabulary rows, A heads, D head width.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,6 +20,8 @@ from flax.linen import partitioning
 Array = jax.Array
 # Keys and values of one attention block, each [B, S, A, D].
 KV = tuple[Array, Array]
+# (number of an encoder layer, its input `[B, T, H]`) -> that input, perhaps another one.
+Before = Callable[[int, Array], Array]
 
 MASKED = -1e10
 
@@ -378,12 +381,19 @@ class Encoder(nn.Module):
         self.input_dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
         self.output_dropout = nn.Dropout(cfg.dropout_rate)
 
-    def __call__(self, x: Array, mask: Array, deterministic: bool) -> Array:
-        """`x` `[B, T, H]`, `mask` broadcastable to `[B, 1, T, T]`, True where attention may go."""
+    def __call__(
+        self, x: Array, mask: Array, deterministic: bool, before: Before | None = None
+    ) -> Array:
+        """`x` `[B, T, H]`, `mask` broadcastable to `[B, 1, T, T]`, True where attention may go.
+
+        `before(i, x)` gives what layer i > 0 is to read instead of `x`.
+        """
         positions = jnp.arange(x.shape[1])
         bias = self.relpos_bias(positions, positions) + jnp.where(mask, 0.0, MASKED)
         x = self.input_dropout(x, deterministic=deterministic)
-        for layer in self.layers:
+        for i, layer in enumerate(self.layers):
+            if before is not None and i:
+                x = before(i, x)
             x = layer(x, bias, deterministic)
         return self.output_dropout(self.encoder_norm(x), deterministic=deterministic)
 
@@ -454,14 +464,20 @@ class T5(nn.Module):
         """`[..., H]` for ids `[...]`; ids beyond V read the last row (the caller replaces them)."""
         return self.token_embedder(ids)
 
-    def encode(self, x: Array, segments: Array, deterministic: bool = True) -> Array:
-        """`[B, T, H]` for embeddings `[B, T, H]`.
+    def encode(
+        self,
+        x: Array,
+        segments: Array,
+        deterministic: bool = True,
+        before: Before | None = None,
+    ) -> Array:
+        """`[B, T, H]` for embeddings `[B, T, H]`; `before`: see `Encoder`.
 
         `segments` `[B, T]` numbers the examples of a row from 1; 0 is padding. Attention stays
         within a segment, and T5's bias needs only differences of positions.
         """
         mask = (segments[:, :, None] == segments[:, None, :]) & (segments[:, None, :] > 0)
-        return self.encoder(x, mask[:, None], deterministic)
+        return self.encoder(x, mask[:, None], deterministic, before)
 
     def decode(
         self,

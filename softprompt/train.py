@@ -19,9 +19,11 @@ from softprompt import checkpoint, decode, losses, partition, throughput, tree
 from softprompt.backbone import Backbone, abstract
 from softprompt.logbook import Logbook, say
 from softprompt.prompted import PromptedT5
+from softprompt.reparameterise import Mlp
 
 State = dict[str, Any]
 PROMPT = "prompt/bank"
+DEEP = "prompt/deep"
 
 
 class Diverged(ValueError):
@@ -51,17 +53,21 @@ class Result:
 
 
 def make_loss(
-    module: PromptedT5, z_loss: float = 0.0, label_smoothing: float = 0.0, labelled: bool = False
+    module: PromptedT5,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    labelled: bool = False,
+    collapse: Callable[[tree.Flat], tree.Flat] = dict,
 ) -> Callable[..., tuple[jax.Array, tuple[jax.Array, jax.Array]]]:
     """The loss `(trainable, frozen, batch, label_ids, key) -> mean, (sum, count)` of a batch.
 
     It is that of the target tokens or, if `labelled`, that of the right label among `label_ids`
-    `[C, L]`. `key` is the dropout's.
+    `[C, L]`. `key` is the dropout's; `collapse` makes the model's parameters of all parameters.
     """
     dropout = module.cfg.dropout_rate > 0
 
     def loss_fn(trainable, frozen, batch, label_ids, key):
-        params, ids = tree.unflatten({**frozen, **trainable}), batch["encoder_ids"]
+        params, ids = tree.unflatten(collapse({**frozen, **trainable})), batch["encoder_ids"]
         if labelled:
             scores = decode.score_labels(module, params, ids, label_ids, key if dropout else None)
             loss, count = losses.label_cross_entropy(scores, batch["targets"], label_ids)
@@ -122,13 +128,16 @@ def make_step(
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
     label_ids: np.ndarray | None = None,
+    reparameterisation: Mlp | None = None,
 ) -> Callable[[State, tree.Flat, dict[str, jax.Array]], State]:
     """The train step `(state, frozen, batch) -> state`, to be jitted.
 
     With `label_ids` `[C, L]` the loss is that among the labels: see `make_loss`. Only
-    `state["trainable"]` is differentiated. For a step that is not finite see `advance`.
+    `state["trainable"]` is differentiated; with `reparameterisation` it is the prompt before that
+    network, and the network. For a step that is not finite see `advance`.
     """
-    loss_fn = make_loss(module, z_loss, label_smoothing, label_ids is not None)
+    collapse = reparameterisation.collapse if reparameterisation else dict
+    loss_fn = make_loss(module, z_loss, label_smoothing, label_ids is not None, collapse)
 
     def step(state: State, frozen: tree.Flat, batch: dict[str, jax.Array]) -> State:
         key = jax.random.fold_in(jax.random.key(seed), state["step"])
@@ -204,6 +213,8 @@ def fit(
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
     label_ids: np.ndarray | None = None,
+    deep: np.ndarray | None = None,
+    reparameterisation: Mlp | None = None,
 ) -> Result:
     """Trains the parameters that `trainable` names, from step 0 or from MODEL_DIR's checkpoint.
 
@@ -222,6 +233,9 @@ def fit(
       identity: what makes this run the one it is (task, seed, backbone, …). A checkpoint of a run
         with another identity is refused, naming the difference.
       label_ids: `[C, L]`, to train by the loss among these labels: see `make_step`.
+      deep: initial rows `[D - 1, P, H]` of a deep prompt: see `prompted`.
+      reparameterisation: a network that the prompt is trained behind. Checkpoints hold it;
+        evaluations, saved prompts and the result see the plain arrays that it makes.
 
     Raises:
       Diverged: the loss was not finite; the message names the step. What was trained before it
@@ -238,6 +252,9 @@ def fit(
             )
         place = partition.shardings(abstract(backbone.cfg, rows), backbone.mesh)[PROMPT]
         params[PROMPT] = jax.device_put(np.asarray(prompt, np.float32), place)
+        beside = _beside(prompt, deep, reparameterisation, backbone, seed)
+        params |= jax.device_put(beside, partition.replicated(backbone.mesh))
+    collapse = reparameterisation.collapse if reparameterisation else dict
     trained, fixed = tree.split(params, trainable, frozen)
     trained = {path: x.astype(jnp.float32) for path, x in trained.items()}
     state = init_state(trained, optimizer, backbone.mesh)
@@ -248,16 +265,24 @@ def fit(
         say(f"resuming from step {int(state['step'])} of {model_dir}")
     start = int(state["step"])
     step_fn = jax.jit(
-        make_step(module, optimizer, seed, z_loss, label_smoothing, label_ids), donate_argnums=0
+        make_step(module, optimizer, seed, z_loss, label_smoothing, label_ids, reparameterisation),
+        donate_argnums=0,
     )
     rows_sharding = partition.batch_sharding(backbone.mesh)
     log = Logbook(model_dir, start)
-    whole = any(path != PROMPT for path in trained)
+    whole = any(not path.startswith("prompt/") for path in trained)
     meter = throughput.Meter(backbone.cfg, 3 if whole else 2, backbone.mesh.size)
     best_trained = _load_best(model_dir, best) if best["step"] else None
 
+    def parameters() -> tree.Flat:
+        return collapse({**fixed, **state["trainable"]})
+
+    # A prompt of which a part trains is kept whole.
+    prompts = [k for k in params if k.startswith("prompt/")]
+    kept = {*trained, *(prompts if any(k in trained for k in prompts) else ())}
+
     def trained_now() -> dict[str, np.ndarray]:
-        return {path: np.asarray(jax.device_get(x)) for path, x in state["trainable"].items()}
+        return {k: np.asarray(jax.device_get(x)) for k, x in parameters().items() if k in kept}
 
     def save_checkpoint() -> None:
         if model_dir is not None:
@@ -299,7 +324,7 @@ def fit(
                 zero = jax.device_put(np.float32(0), partition.replicated(backbone.mesh))
                 state = {**state, "loss_sum": zero, "count_sum": jnp.copy(zero)}
             if due_eval:
-                figures = evaluate({**fixed, **state["trainable"]}, step)
+                figures = evaluate(parameters(), step)
                 log.write("eval/metrics", step, figures)
                 say(f"step {step}  " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items()))
                 metric = choose_metric(figures, best_metric)
@@ -332,6 +357,30 @@ def fit(
             for name in (str(step), "best"):
                 save(pathlib.Path(model_dir) / "prompts" / name, trained_now(), {"step": step})
     return finish(step)
+
+
+def _beside(
+    prompt: np.ndarray,
+    deep: np.ndarray | None,
+    reparameterisation: Mlp | None,
+    backbone: Backbone,
+    seed: int,
+) -> tree.Flat:
+    """What a prompt trains with: its deep rows and the parameters of its network, if any."""
+    found: tree.Flat = {}
+    if deep is not None:
+        layers, most = len(deep) + 1, backbone.cfg.num_encoder_layers
+        if np.shape(deep)[1:] != np.shape(prompt) or not 1 < layers <= most:
+            raise ValueError(
+                f"the deep prompt has shape {np.shape(deep)}, expected (D - 1, "
+                f"{', '.join(map(str, np.shape(prompt)))}) for D from 2 to {most} encoder layers"
+            )
+        found[DEEP] = np.asarray(deep, np.float32)
+    if reparameterisation is not None:
+        key = jax.random.fold_in(jax.random.key(seed), 1)
+        found = reparameterisation.init(key, {PROMPT: np.asarray(prompt), **found})
+        del found[PROMPT]
+    return found
 
 
 def _check_identity(stored: Mapping[str, Any], ours: Mapping[str, Any], model_dir: Any) -> None:

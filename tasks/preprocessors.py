@@ -8,7 +8,7 @@ Lester et al. 2021 do (appendix A.2).
 import functools
 import re
 import string
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -108,8 +108,13 @@ def stsb(row: Row) -> Iterator[Example]:
 
 
 def squad(row: Row) -> Iterator[Example]:
-    """Question and context with spaces around punctuation; all answers are kept for the metrics."""
-    answers = [_pad_punctuation(text) for text in row["answers"]["text"]]
+    """Question and context with spaces around punctuation; all answers are kept for the metrics.
+
+    TFDS's MRQA lists its answers without their places, and calls the `id` `qid`.
+    """
+    given = row["answers"]
+    given = given["text"] if isinstance(given, Mapping) else given
+    answers = [_pad_punctuation(text) for text in given]
     if not answers:
         raise ValueError(f"{row.where}: the question has no answer")
     question, context = _pad_punctuation(row["question"]), _pad_punctuation(row["context"])
@@ -117,7 +122,7 @@ def squad(row: Row) -> Iterator[Example]:
         "inputs": _collapse(f"question: {question} context: {context}"),
         "targets": answers[0],
         "answers": answers,
-        "id": row["id"],
+        "id": row["qid"] if "qid" in row else row["id"],
     }
 
 

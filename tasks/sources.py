@@ -87,6 +87,7 @@ class Spec:
       metric_fns, postprocess_fn: as seqio's.
       extras: fields besides `inputs` and `targets`, with their types.
       splits: split names, or a mapping to the names of the source.
+      tfds_splits: names of splits that TFDS calls otherwise.
       train_text: another text function for the split 'train'.
     """
 
@@ -98,6 +99,7 @@ class Spec:
     tfds_name: str | None = None
     extras: Mapping[str, tf.TensorSpec] = dataclasses.field(default_factory=lambda: {"idx": INT})
     splits: Sequence[str] | Mapping[str, str] = ("train", "validation", "test")
+    tfds_splits: Mapping[str, str] = dataclasses.field(default_factory=dict)
     train_text: TextFn | None = None
 
 
@@ -111,7 +113,7 @@ def rows(spec: Spec, split: str) -> Iterator[Row]:
             f"the data of {spec.name} is not at hand: name a folder that has "
             f"{spec.folder}/{source}.jsonl by --data_dir or SOFTPROMPT_DATA_DIR"
         )
-    return tfds_rows(spec.tfds_name, source, spec.name)
+    return tfds_rows(spec.tfds_name, spec.tfds_splits.get(source, source), spec.name)
 
 
 def dataset_of(
@@ -148,6 +150,12 @@ def add_task(
         metric_fns=list(metric_fns),
         postprocess_fn=postprocess_fn,
     )
+
+
+def add_mixture(name: str, tasks: Sequence[str]) -> None:
+    """Registers a seqio mixture of equal rates; one of that name is left as it is."""
+    if name not in seqio.MixtureRegistry.names():
+        seqio.MixtureRegistry.add(name, list(tasks), default_rate=1.0)
 
 
 def register(spec: Spec) -> None:

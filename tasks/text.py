@@ -2,8 +2,15 @@
 
 import functools
 
-from softprompt.tasks import metrics, postprocessors, preprocessors, records
-from softprompt.tasks.sources import STRING, STRINGS, Spec, register, register_both
+from softprompt.tasks import glue, metrics, postprocessors, preprocessors, records  # noqa: F401
+from softprompt.tasks.sources import (
+    STRING,
+    STRINGS,
+    Spec,
+    add_mixture,
+    register,
+    register_both,
+)
 from softprompt.tasks.user import register_task
 
 _QA = dict(
@@ -16,17 +23,49 @@ _QA = dict(
 register(
     Spec("squad", "squad", tfds_name="squad/v1.1:3.0.0", splits=("train", "validation"), **_QA)
 )
-# Out-of-domain sets in SQuAD's fields, from a local folder (Fisch et al. 2019; Miller et al. 2020).
-for _name in (
-    "bioasq",
+# MRQA's sets (Fisch et al. 2019), from TFDS or from a local folder in SQuAD's fields. Those out of
+# domain, which the paper transfers to (its table 1), have one split, TFDS's 'test'.
+MRQA_IN_DOMAIN = {
+    "squad": "squad", "newsqa": "news_qa", "triviaqa": "trivia_qa", "searchqa": "search_qa",
+    "hotpotqa": "hotpot_qa", "naturalquestions": "natural_questions",
+}  # fmt: skip
+MRQA_OUT_OF_DOMAIN = {
+    "textbookqa": "textbook_qa", "race": "race", "bioasq": "bio_asq",
+    "relationextraction": "relation_extraction", "duorc": "duo_rc", "drop": "drop",
+}  # fmt: skip
+# Further out-of-domain sets in the same fields, from a local folder alone (Miller et al. 2020,
+# arXiv 2004.14444; Bjerva et al. 2020, arXiv 2004.14283).
+LOCAL_OUT_OF_DOMAIN = (
     "squadshifts_amazon",
     "squadshifts_new_wiki",
     "squadshifts_reddit",
     "subjqa_books",
     "subjqa_electronics",
     "subjqa_restaurants",
-):
-    register(Spec(f"mrqa_{_name}", f"mrqa/{_name}", splits=("train", "validation"), **_QA))
+)
+for _name, _tfds in {**MRQA_IN_DOMAIN, **MRQA_OUT_OF_DOMAIN}.items():
+    register(
+        Spec(
+            f"mrqa_{_name}",
+            f"mrqa/{_name}",
+            tfds_name=f"mrqa/{_tfds}:1.0.0",
+            tfds_splits={} if _name in MRQA_IN_DOMAIN else {"validation": "test"},
+            splits=("train", "validation") if _name in MRQA_IN_DOMAIN else ("validation",),
+            **_QA,
+        )
+    )
+for _name in LOCAL_OUT_OF_DOMAIN:
+    # SQuADShifts' Wikipedia set was gathered as SQuAD was, and has examples to train on too.
+    _splits = ("train", "validation") if _name == "squadshifts_new_wiki" else ("validation",)
+    register(Spec(f"mrqa_{_name}", f"mrqa/{_name}", splits=_splits, **_QA))
+
+# What a transfer is evaluated on: the paper's sets, and those that a local folder may have.
+for _mixture, _names in {
+    "mrqa_paper": [f"mrqa_{name}" for name in MRQA_OUT_OF_DOMAIN],
+    "mrqa_out_of_domain": [f"mrqa_{name}" for name in ("bioasq", *LOCAL_OUT_OF_DOMAIN)],
+    "glue_paraphrase": ["glue_mrpc", "glue_qqp"],
+}.items():
+    add_mixture(_mixture, _names)
 
 _CLASSIFICATION = {
     "ag_news_subset": (

@@ -9,7 +9,7 @@ import pytest
 
 from softprompt import backbone as backbones
 from softprompt import partition, t5
-from softprompt.formats import native
+from softprompt.formats import Stored, native
 from softprompt.vocabulary import Vocabulary
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -32,6 +32,14 @@ def vocabulary() -> Vocabulary:
 def tiny(vocabulary):
     """A random backbone with the embedded vocabulary, on one device."""
     return backbones.random(TINY, 0, vocabulary, partition.make_mesh(devices=1), "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny, tmp_path_factory):
+    """`tiny` as a folder, for INITIAL_CHECKPOINT_PATH."""
+    folder = tmp_path_factory.mktemp("tiny") / "backbone"
+    native.save(folder, Stored.of(tiny.name, tiny.cfg, tiny.params, tiny.vocabulary))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -24,12 +24,16 @@ TRAIN = {
     "CLASS_LABELS": "['a', 'b']",
     "PROMPT_TEXT": "some text",
     "METHOD": "probe",
+    "TRANSFER_DIR": "/tmp/x",
+    "TRIAL_PROMPT": "t",
 }
 COMMANDS = {
     "runs/prompt_finetune.gin": "train",
     "runs/prompt_classify.gin": "train",
     "runs/model_finetune.gin": "train",
     "runs/baseline.gin": "baseline",
+    "runs/transfer.gin": "train",
+    "runs/transfer_paraphrase.gin": "train",
     "runs/pretrain.gin": "train",
     "runs/pretrain_small.gin": "train",
     "runs/lm_adapt.gin": "train",

@@ -26,7 +26,7 @@ def test_every_run_of_every_sweep_resolves(file):
     assert len({run.folder for run in planned}) == len(planned)
     identities = set()
     for run in planned:
-        assert sweep._configure(run, files, bindings, []) in sweep.BINARIES
+        assert sweep.configure(run, files, bindings, []) in sweep.BINARIES
         assert config.macros()["SEED"] == run.seed
         identities.add(sweep._identity())
     assert len(identities) == len(planned)
@@ -58,13 +58,13 @@ SEEDS = [0, 1]
 @pytest.mark.slow
 def test_a_sweep_runs_resumes_and_reports(tmp_path, small, capsys, monkeypatch):
     # Its first attempt is cut off in the third run.
-    real, calls = sweep._do, []
+    real, calls = sweep.do, []
 
     def cut(run, binary):
         calls.append(run)
         return None if len(calls) == 3 else real(run, binary)
 
-    monkeypatch.setattr(sweep, "_do", cut)
+    monkeypatch.setattr(sweep, "do", cut)
     assert main(["sweep", *small]) == 0
     assert "the same command goes on from here" in capsys.readouterr().out
     assert main(["sweep", *small]) == 0

@@ -328,3 +328,51 @@ def test_local_data_serves_the_benchmark_tasks(task_data, monkeypatch, vocabular
     ):
         [(task, _)] = data.get_tasks(name)
         assert len(data.from_task(task, split, lengths)) == count
+
+
+def test_every_mrqa_set_reads_the_same_from_tfds_and_from_a_folder(tmp_path, monkeypatch):
+    from softprompt import data
+    from softprompt.tasks import registry, sources  # noqa: F401
+
+    ours = {"id": "q1", "context": "It is (blue).", "question": "What colour?",
+            "answers": {"text": ["blue", "(blue)"], "answer_start": [7, 6]}}  # fmt: skip
+    theirs = {"qid": "q1", "context": ours["context"], "question": ours["question"],
+              "answers": ["blue", "(blue)"], "subset": "BioASQ"}  # fmt: skip
+    asked = []
+
+    def tfds_rows(name, split, task):
+        asked.append((name, split))
+        return iter([Row(theirs)])
+
+    monkeypatch.setattr(sources, "tfds_rows", tfds_rows)
+    monkeypatch.delenv("SOFTPROMPT_DATA_DIR", raising=False)
+    lengths = {"inputs": 64, "targets": 16}
+    tasks = [task for task, _ in data.get_tasks("mrqa_paper")]
+    found = {task.name: data.from_task(task, "validation", lengths) for task in tasks}
+    assert ("mrqa/bio_asq:1.0.0", "test") in asked and len(asked) == 6
+    (tmp_path / "mrqa" / "bioasq").mkdir(parents=True)
+    (tmp_path / "mrqa" / "bioasq" / "validation.jsonl").write_text(json.dumps(ours) + "\n")
+    monkeypatch.setenv("SOFTPROMPT_DATA_DIR", str(tmp_path))
+    [(task, _)] = data.get_tasks("mrqa_bioasq")
+    local = data.from_task(task, "validation", lengths)
+    np.testing.assert_array_equal(local.inputs[0], found["mrqa_bioasq"].inputs[0])
+    for records_ in (local.records, found["mrqa_bioasq"].records):
+        assert [a.decode() for a in records_[0]["answers"]] == ["blue", " ( blue ) "]
+        assert records_[0]["id"] == b"q1"
+    monkeypatch.delenv("SOFTPROMPT_DATA_DIR")
+    [(local_alone, _)] = data.get_tasks("mrqa_subjqa_books")
+    with pytest.raises(ValueError, match="name a folder that has mrqa/subjqa_books/validation"):
+        data.from_task(local_alone, "validation", lengths)
+
+
+def test_the_local_transfer_sets_are_all_there(task_data, monkeypatch, vocabulary):
+    from softprompt import data
+    from softprompt.tasks import registry  # noqa: F401
+
+    monkeypatch.setenv("SOFTPROMPT_DATA_DIR", str(task_data))
+    tasks = {t.name: t for name in ("mrqa_out_of_domain", "glue_paraphrase")
+             for t, _ in data.get_tasks(name)}  # fmt: skip
+    sets = sorted(p.name for p in (task_data / "mrqa").iterdir())
+    assert sorted(n for n in tasks if n.startswith("mrqa")) == [f"mrqa_{name}" for name in sets]
+    for name, count in (("mrqa_bioasq", 499), ("mrqa_subjqa_books", 155), ("glue_mrpc", 408)):
+        assert len(data.from_task(tasks[name], "validation", {"inputs": 64, "targets": 8})) == count

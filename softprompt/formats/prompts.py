@@ -1,6 +1,7 @@
 """Prompt files: ours, NumPy arrays, T5X checkpoints that carry a prompt, PEFT's adapter folders.
 
-Every one becomes `[P, H]` float32 and a dictionary that says what is known of it.
+Every one becomes `[P, H]` float32 and a dictionary that says what is known of it. Only our own
+files hold deep prompts, whose further rows `[D - 1, P, H]` lie beside it as the tensor 'deep'.
 """
 
 import json
@@ -26,6 +27,22 @@ Prompt = tuple[np.ndarray, dict[str, Any]]
 def read(path: str | os.PathLike) -> Prompt:
     """A prompt `[P, H]` float32 and what its file says of it.
 
+    A deep prompt is an error (`read_deep` takes both); for the rest see there.
+    """
+    array, deep, metadata = read_deep(path)
+    if deep is not None:
+        raise ValueError(
+            f"{str(path)!r} is a deep prompt, with rows for {len(deep) + 1} encoder layers; a "
+            f"plain one, [P, H], is expected here"
+        )
+    return array, metadata
+
+
+def read_deep(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray | None, dict[str, Any]]:
+    """A prompt `[P, H]` float32, its rows of deeper layers, and what its file says of it.
+
+    The second is `[D - 1, P, H]` float32, or None of a plain prompt.
+
     Args:
       path: `.safetensors` (ours), `.npy` (`[P, H]`, as google-research/prompt-tuning writes), a
         T5X checkpoint that holds a prompt (folder or `gs://` URL), or a PEFT adapter folder.
@@ -34,7 +51,7 @@ def read(path: str | os.PathLike) -> Prompt:
       ValueError: not there, or no prompt.
       checkpoint.CorruptFile: torn or altered.
     """
-    where = pathlib.Path(path)
+    where, deep = pathlib.Path(path), None
     if "://" in str(path):
         array, metadata = _of_t5x(str(path))
     elif where.suffix == ".npy":
@@ -49,7 +66,7 @@ def read(path: str | os.PathLike) -> Prompt:
             f"checkpoint or a PEFT adapter folder"
         )
     else:
-        array, metadata = _of_ours(where)
+        array, deep, metadata = _of_ours(where)
     if array.ndim != 2 or array.dtype.kind not in "fV" or not len(array):
         raise ValueError(
             f"{str(path)!r} is no prompt: it holds {array.dtype} of shape {array.shape}, "
@@ -58,14 +75,20 @@ def read(path: str | os.PathLike) -> Prompt:
     array = np.asarray(array).astype(np.float32)
     if not np.isfinite(array).all():
         raise ValueError(f"{str(path)!r} holds numbers that are not finite")
-    return array, metadata
+    return array, deep, metadata
 
 
-def _of_ours(path: pathlib.Path) -> Prompt:
+def _of_ours(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray | None, dict[str, Any]]:
     arrays, metadata = checkpoint.read(path)
-    if set(arrays) != {"prompt"}:
+    if set(arrays) not in ({"prompt"}, {"prompt", "deep"}):
         raise ValueError(f"{str(path)!r} is no prompt: it holds {', '.join(sorted(arrays))}")
-    return arrays["prompt"], metadata
+    array, deep = arrays["prompt"], arrays.get("deep")
+    if deep is not None and (deep.shape[1:] != array.shape or not np.isfinite(deep).all()):
+        raise ValueError(
+            f"{str(path)!r} is no prompt: its deep rows have shape {deep.shape}, expected finite "
+            f"numbers (layers - 1, {', '.join(map(str, array.shape))})"
+        )
+    return array, deep, metadata
 
 
 def _of_numpy(path: pathlib.Path) -> Prompt:
@@ -143,9 +166,17 @@ def _of_peft(folder: pathlib.Path) -> Prompt:
     return array[:length], metadata
 
 
-def write(path: str | os.PathLike, array: np.ndarray, metadata: Mapping[str, Any]) -> None:
-    """Writes a prompt `[P, H]` with its metadata as ours (`.safetensors`)."""
-    checkpoint.write(path, {"prompt": np.asarray(array, np.float32)}, metadata)
+def write(
+    path: str | os.PathLike,
+    array: np.ndarray,
+    metadata: Mapping[str, Any],
+    deep: np.ndarray | None = None,
+) -> None:
+    """Writes a prompt `[P, H]`, and `deep` `[D - 1, P, H]`, as ours (`.safetensors`)."""
+    arrays = {"prompt": np.asarray(array, np.float32)}
+    if deep is not None:
+        arrays["deep"] = np.asarray(deep, np.float32)
+    checkpoint.write(path, arrays, metadata)
 
 
 def write_numpy(path: str | os.PathLike, array: np.ndarray, metadata: Mapping[str, Any]) -> None:

@@ -1,0 +1,252 @@
+"""Domain transfer: train on one task, evaluate on others as is (Lester et al. 2021, section 5).
+
+Every method (prompt tuning, model tuning, …) trains on every source with every seed, each as a run
+of `sweep`, and what it trained is evaluated on every target by `softprompt eval`. What is finished
+is kept; an interrupted training goes on from its checkpoint.
+"""
+
+import dataclasses
+import importlib
+import pathlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from softprompt import checkpoint, config, data, sweep
+from softprompt.logbook import duration, say
+
+# What an evaluation takes over from the training, by its own names.
+CARRIED = {
+    "BATCH_SIZE": "EVAL_BATCH_SIZE",
+    **{
+        name: name
+        for name in (
+            "INITIAL_CHECKPOINT_PATH", "VOCABULARY_FILE", "DTYPE", "TASK_FEATURE_LENGTHS",
+            "MIXTURE_OR_TASK_MODULE", "EVAL_MODE", "DATA_PARTITIONS", "MODEL_PARTITIONS",
+        )
+    },
+}  # fmt: skip
+EVAL_FILES = ("models/t5.gin", "runs/prompt_eval.gin")
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What runs/transfer.gin names.
+
+    Attributes:
+      folder: TRANSFER_DIR, where everything goes.
+      sources, targets: seqio tasks or mixtures; every source is evaluated on every target.
+      split: of the targets.
+      methods: name -> settings, each a gin file or a binding `NAME=value`.
+      seeds: of every training.
+    """
+
+    folder: pathlib.Path
+    sources: Sequence[str]
+    targets: Sequence[str]
+    split: str
+    methods: sweep.Settings
+    seeds: Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A figure of one evaluation: `method` trained on `source` with `seed`, judged on `target`."""
+
+    method: str
+    source: str
+    target: str
+    name: str
+    seed: int
+    value: float = dataclasses.field(compare=False)
+
+
+def read(macros: Mapping[str, Any]) -> Spec:
+    """The transfer that gin macros describe; what is missing or malformed is an error naming it."""
+    needed = ("SOURCES", "TARGETS", "METHODS", "SEEDS", "TARGET_SPLIT")
+    if missing := [name for name in needed if macros.get(name) is None]:
+        raise ValueError(f"a transfer needs {', '.join(missing)}; include runs/transfer.gin")
+    if not isinstance(macros.get("TRANSFER_DIR"), str):
+        raise ValueError("a transfer needs TRANSFER_DIR; give --gin.TRANSFER_DIR=…")
+    tasks = {}
+    for name in ("SOURCES", "TARGETS"):
+        value = [macros[name]] if isinstance(macros[name], str) else macros[name]
+        good = isinstance(value, list | tuple) and all(isinstance(x, str) for x in value)
+        if not good or not value or len(set(value)) < len(value):
+            raise ValueError(
+                f"{name} is {macros[name]!r}, expected different task names, such as ['squad']"
+            )
+        tasks[name] = value
+    return Spec(
+        pathlib.Path(macros["TRANSFER_DIR"]),
+        tasks["SOURCES"],
+        tasks["TARGETS"],
+        macros["TARGET_SPLIT"],
+        sweep.settings_of("METHODS", macros["METHODS"]),
+        sweep.seeds_of(macros["SEEDS"]),
+    )
+
+
+def runs(spec: Spec) -> Iterator[sweep.Run]:
+    """The trainings, a whole seed before the next: an unfinished table already has every row."""
+    for seed in spec.seeds:
+        for source in spec.sources:
+            for method, own in spec.methods.items():
+                settings = [f"MIXTURE_OR_TASK_NAME={source}", *own, f"SEED={seed}", "BINARY=train"]
+                folder = spec.folder.joinpath("runs", _name(method), _name(source), str(seed))
+                yield sweep.Run(method, "", source, seed, settings, folder)
+
+
+def _name(text: str) -> str:
+    return re.sub(r"[^\w.+-]+", "_", text)
+
+
+def transfer(
+    files: Sequence[str],
+    bindings: Sequence[tuple[str, str]] = (),
+    search_paths: Sequence[str] = (),
+) -> bool:
+    """Runs what is not finished yet, and writes results after every training's evaluations.
+
+    Writes `results.csv` (a row per figure and seed), `summary.csv` and `table.md` (mean and sample
+    standard deviation over seeds) to TRANSFER_DIR. Returns False if SIGTERM stopped it.
+    """
+    config.parse(files, bindings, search_paths, complete=False)
+    spec = read(config.macros())
+    _check_tasks(spec, config.macros()["MIXTURE_OR_TASK_MODULE"])
+    planned = list(runs(spec))
+    figures: dict[Figure, None] = {}
+    spent: list[float] = []
+    for number, run in enumerate(planned, 1):
+        sweep.configure(run, files, bindings, search_paths)
+        macros = config.macros()
+        trained = sweep.finished(run)
+        if trained is None:
+            left = ""
+            if spent:
+                left = f", about {duration(np.mean(spent) * (len(planned) - number + 1))} left"
+            say(f"--- training {number}/{len(planned)}: {run}{left}")
+            trained = sweep.do(run, "train")
+            jax.clear_caches()
+            if trained is None:
+                say(f"stopped during {run}; the same command goes on from here")
+                return False
+            spent.append(trained.seconds)
+        # A training that diverged has nothing to evaluate: its cells stay empty.
+        if trained.figures:
+            for target in spec.targets:
+                # A task that is a target twice, by itself and in a mixture, counts once.
+                figures |= dict.fromkeys(evaluated(run, target, spec.split, macros))
+        write(spec, list(figures))
+    say(write(spec, list(figures)))
+    say(f"{len(planned)} trainings in {spec.folder}: results.csv, summary.csv, table.md")
+    return True
+
+
+def _check_tasks(spec: Spec, modules: str | Sequence[str] | None) -> None:
+    """Raises, before anything trains, where a task is unknown or lacks a split."""
+    for module in [modules] if isinstance(modules, str) else modules or []:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"MIXTURE_OR_TASK_MODULE {module!r}: {error}") from None
+    for names, split in ((spec.sources, "train"), (spec.targets, spec.split)):
+        for name in names:
+            for task, _ in data.get_tasks(name):
+                if split not in task.splits:
+                    raise ValueError(
+                        f"task {task.name} has no split {split!r}; it has {', '.join(task.splits)}"
+                    )
+
+
+def evaluated(run: sweep.Run, target: str, split: str, macros: Mapping[str, Any]) -> list[Figure]:
+    """Figures of what a training left on a target, from its folder or by evaluating it now.
+
+    `macros` are those of the training.
+    """
+    prompt = run.folder / "prompts" / "best.safetensors"
+    settings = {name: macros[of] for name, of in CARRIED.items()}
+    settings |= {"MIXTURE_OR_TASK_NAME": target, "SPLIT": split}
+    settings["PROMPT_FILE"] = str(prompt) if prompt.exists() else None
+    backbone = run.folder / "backbone"
+    if backbone.exists():
+        settings["INITIAL_CHECKPOINT_PATH"] = str(backbone)
+    evaluation = dataclasses.replace(
+        run, point=f"evaluated on {target}", folder=run.folder / "transfer" / _name(target)
+    )
+    settings["EVAL_OUTPUT_DIR"] = str(evaluation.folder)
+    config.parse(EVAL_FILES, [(name, repr(value)) for name, value in settings.items()])
+    outcome = sweep.finished(evaluation)
+    if outcome is None:
+        say(f"--- {evaluation}")
+        outcome = sweep.do(evaluation, "eval")
+        jax.clear_caches()
+    found = []
+    for name, value in outcome.figures.items():
+        task, slash, metric = name.rpartition("/")
+        if metric != "illegal":
+            found.append(
+                Figure(run.line, run.task, task if slash else target, metric, run.seed, value)
+            )
+    return found
+
+
+# --- results ------------------------------------------------------------------------------------
+
+
+def write(spec: Spec, figures: Sequence[Figure]) -> str:
+    """Writes the results' files; returns the table."""
+    header = ("method", "source", "target", "figure", "seed", "value")
+    rows = [(f.method, f.source, f.target, f.name, f.seed, f"{f.value:.2f}") for f in figures]
+    checkpoint.write_atomically(spec.folder / "results.csv", sweep.as_csv(header, rows))
+    header = ("source", "target", "figure", "method", "mean", "standard_deviation", "seeds")
+    rows = [
+        (*row, method, f"{np.mean(x):.2f}", f"{sweep.deviation(x):.2f}", len(x))
+        for row, of_methods in summary(figures).items()
+        for method, x in of_methods.items()
+    ]
+    checkpoint.write_atomically(spec.folder / "summary.csv", sweep.as_csv(header, rows))
+    text = table(list(spec.methods), summary(figures))
+    checkpoint.write_atomically(spec.folder / "table.md", text.encode())
+    return text
+
+
+def summary(figures: Sequence[Figure]) -> dict[tuple[str, str, str], dict[str, list[float]]]:
+    """Values over seeds by (source, target, figure), then by method."""
+    found: dict[tuple[str, str, str], dict[str, list[float]]] = {}
+    for f in figures:
+        row = found.setdefault((f.source, f.target, f.name), {})
+        row.setdefault(f.method, []).append(f.value)
+    return dict(sorted(found.items(), key=lambda item: _order(figures, item[0])))
+
+
+def _order(figures: Sequence[Figure], row: tuple[str, str, str]) -> tuple[int, ...]:
+    """Sources, targets and figures in the order in which they first came."""
+    columns = zip(*[(f.source, f.target, f.name) for f in figures], strict=True)
+    return tuple(column.index(x) for column, x in zip(columns, row, strict=True))
+
+
+def table(
+    methods: Sequence[str], found: Mapping[tuple[str, str, str], Mapping[str, Sequence[float]]]
+) -> str:
+    """A Markdown table as the paper's tables 1 and 2: a row per source, target and figure.
+
+    Δ is the difference of a method's mean to that of the first one.
+    """
+    later = methods[1:]
+    differences = ["Δ" if len(later) == 1 else f"Δ {method}" for method in later]
+    header = ["source", "target", "figure", *methods, *differences]
+    lines = ["| " + " | ".join(header) + " |", "| " + " | ".join(["---"] * len(header)) + " |"]
+    for row, of_methods in found.items():
+        cells = list(row)
+        for method in methods:
+            x = of_methods.get(method)
+            cells.append("" if x is None else f"{np.mean(x):.1f} ± {sweep.deviation(x):.1f}")
+        for method in later:
+            both = [of_methods.get(name) for name in (method, methods[0])]
+            cells.append("" if None in both else f"{np.mean(both[0]) - np.mean(both[1]):+.1f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
