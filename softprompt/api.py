@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 from softprompt import backbone as backbones
-from softprompt import data, evaluation, optim, partition, prompted, train
+from softprompt import data, evaluation, hosts, optim, partition, prompted, train
 from softprompt import prompt as prompts
 from softprompt.backbone import Backbone
 from softprompt.tree import Flat
@@ -182,13 +182,14 @@ def tune(
         if labels is not None and text not in labels:
             raise ValueError(f"the target {text!r} is not among the labels {list(labels)}")
     init = prompt_init or (prompts.class_labels if labels else prompts.sampled_vocab)
-    embedding = np.asarray(backbone.params["token_embedder/embedding"], np.float32)
+    embedding = hosts.fetch(backbone.params["token_embedder/embedding"]).astype(np.float32)
     source = prompts.Source(embedding, backbone.vocabulary, labels)
     initial = init(jax.random.key(seed), prompt_length, source)
     loss = loss or (evaluation.LABELS if labels else evaluation.TOKENS)
     label_ids = evaluation.training_labels(loss, [examples], [labels], backbone.vocabulary)
     slots = prompted.slots(backbone.cfg.vocab_size, prompt_length)
     batch_size = data.round_up(batch_size, backbone.mesh.shape["data"])
+    own = partition.local_rows(backbone.mesh, batch_size)
 
     run_evaluation = None
     if validation_data is not None:
@@ -213,7 +214,7 @@ def tune(
 
     result = train.fit(
         backbone,
-        data.train_batches([examples], [1.0], batch_size, seed, slots),
+        data.train_batches([examples], [1.0], batch_size, seed, slots, own),
         optim.adafactor(learning_rate),
         train_steps,
         prompt=initial,
@@ -246,7 +247,7 @@ def _with_prompt(backbone: Backbone, prompt: Prompt | np.ndarray | None) -> tupl
     if isinstance(prompt, Prompt):
         prompts.check_backbone("prompt", prompt.array, prompt.metadata, backbone)
         prompt = prompt.array
-    flat[train.PROMPT] = jax.device_put(
+    flat[train.PROMPT] = partition.place(
         np.asarray(prompt, np.float32), partition.replicated(backbone.mesh)
     )
     return flat, len(prompt)

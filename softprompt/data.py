@@ -169,22 +169,24 @@ def train_batches(
     batch_size: int,
     seed: int,
     slots: np.ndarray,
+    own: slice = slice(None),
 ) -> Callable[[int], Iterator[Batch]]:
     """Endless shuffled batches of a mixture, an example in each row; all of one shape.
 
     Call the result with the step to start from. `slots` `[P]` are put before each input; for
-    `parts`, `rates` and `seed` see `drawn`.
+    `parts`, `rates` and `seed` see `drawn`. Of each batch only the rows `own` are made: those of
+    this process (`partition.local_rows`). They are the same rows whoever makes them.
     """
     inputs_length = max(longest(part.inputs) for part in parts)
     targets_length = max(longest(part.targets) for part in parts)
 
     def generate(start: int) -> Iterator[Batch]:
         for rows in drawn(parts, rates, batch_size, seed, start):
-            inputs = [part.inputs[i] for part, i in rows]
-            targets = [part.targets[i] for part, i in rows]
+            inputs = [part.inputs[i] for part, i in rows[own]]
+            targets = [part.targets[i] for part, i in rows[own]]
             yield {
-                "encoder_ids": pad(inputs, batch_size, inputs_length, slots),
-                "targets": pad(targets, batch_size, targets_length),
+                "encoder_ids": pad(inputs, len(inputs), inputs_length, slots),
+                "targets": pad(targets, len(targets), targets_length),
             }
 
     return generate
@@ -204,6 +206,7 @@ class Packing:
       batch_size: examples per batch, on the average.
       length: T, tokens of an encoder row, slots included.
       rows_multiple: R is rounded up to it (the mesh's data axis).
+      own: the rows that batches hold, of all R: see `train_batches`.
     """
 
     parts: Sequence[Examples]
@@ -213,6 +216,7 @@ class Packing:
     slots: np.ndarray
     length: int
     rows_multiple: int = 1
+    own: slice = dataclasses.field(default_factory=lambda: slice(None))
 
     def __post_init__(self):
         need = len(self.slots) + max(len(ids) for part in self.parts for ids in part.inputs)
@@ -269,13 +273,13 @@ class Packing:
 
     def __call__(self, start: int) -> Iterator[Batch]:
         for batch in itertools.islice(self.rows(), start, None):
-            yield self.pack(batch)
+            yield self.pack(batch[self.own])
 
     def pack(self, batch: Sequence[Sequence[tuple[Examples, int]]]) -> Batch:
         """Arrays of a batch, from the examples of every row."""
-        count, length, targets_length = self.shape
+        _, length, targets_length = self.shape
         packed = {
-            name: np.zeros((count, width), np.int32)
+            name: np.zeros((len(batch), width), np.int32)
             for name, width in (
                 ("encoder_ids", length),
                 ("encoder_segments", length),
@@ -380,11 +384,17 @@ def first_examples(task: Any, split: str, lengths: Mapping[str, int], count: int
 
 
 def stream_batches(
-    name: str, split: str, lengths: Mapping[str, int], batch_size: int, seed: int
+    name: str,
+    split: str,
+    lengths: Mapping[str, int],
+    batch_size: int,
+    seed: int,
+    own: slice = slice(None),
 ) -> Callable[[int], Iterator[Batch]]:
     """Endless batches of a task too large for memory (pre-training text), read as they are needed.
 
-    seqio's pipeline is deterministic for a seed; starting at step k reads past k batches.
+    seqio's pipeline is deterministic for a seed; starting at step k reads past k batches. For
+    `own` see `train_batches`: the text of the other rows is read too, to keep the order.
     """
     import seqio
     import tensorflow as tf
@@ -408,7 +418,8 @@ def stream_batches(
         )
         options = tf.data.Options()
         options.deterministic = True
-        dataset = dataset.with_options(options).skip(start).prefetch(8)
+        dataset = dataset.with_options(options).skip(start)
+        dataset = dataset.map(lambda batch: {k: x[own] for k, x in batch.items()}).prefetch(8)
         yield from dataset.as_numpy_iterator()
 
     return generate

@@ -180,8 +180,9 @@ class Predictor:
         self.decode_length = decode_length
         module = PromptedT5(dataclasses.replace(backbone.cfg, dropout_rate=0.0), prompt_length)
 
-        def generate(flat, ids, key):
+        def generate(flat, ids, number):
             params = tree.unflatten(flat)
+            key = jax.random.fold_in(jax.random.key(seed), number)
             if temperature > 0:
                 return decode.sample(
                     module, params, ids, decode_length, key, temperature, top_k, top_p
@@ -190,31 +191,31 @@ class Predictor:
                 return decode.beam(module, params, ids, decode_length, beams)[0]
             return decode.greedy(module, params, ids, decode_length)
 
-        self._generate = jax.jit(generate)
-        self._score = jax.jit(
+        # Every process gets every row's result.
+        jit = functools.partial(jax.jit, out_shardings=partition.replicated(backbone.mesh))
+        self._generate = jit(generate)
+        self._score = jit(
             lambda flat, ids, labels: decode.score_labels(module, tree.unflatten(flat), ids, labels)
         )
-        self._loss = jax.jit(functools.partial(_token_loss, module))
-        self._key = jax.random.key(seed)
+        self._loss = jit(functools.partial(_token_loss, module))
         self._rows = partition.batch_sharding(backbone.mesh)
 
     def _batches(self, examples: data.Examples):
         for indices, batch in data.eval_batches(examples, self.batch_size, self.slots):
-            yield indices, jax.device_put(batch, self._rows)
+            yield indices, {k: partition.place(x, self._rows) for k, x in batch.items()}
 
     def generate(self, flat: tree.Flat, examples: data.Examples) -> list[str]:
         """A decoded string per example."""
         texts = [""] * len(examples)
         for number, (indices, batch) in enumerate(self._batches(examples)):
-            key = jax.random.fold_in(self._key, number)
-            ids = np.asarray(self._generate(flat, batch["encoder_ids"], key))
+            ids = np.asarray(self._generate(flat, batch["encoder_ids"], np.int32(number)))
             for i, row in zip(indices, ids, strict=False):
                 texts[i] = self.backbone.vocabulary.decode(row)
         return texts
 
     def score(self, flat: tree.Flat, examples: data.Examples, labels: Sequence[str]) -> np.ndarray:
         """Log-likelihood `[examples, C]` of each label."""
-        label_ids = jnp.asarray(encode_labels(labels, self.backbone.vocabulary))
+        label_ids = encode_labels(labels, self.backbone.vocabulary)
         scores = np.zeros((len(examples), len(labels)), np.float32)
         for indices, batch in self._batches(examples):
             found = np.asarray(self._score(flat, batch["encoder_ids"], label_ids))

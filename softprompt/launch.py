@@ -23,6 +23,7 @@ from softprompt import (
     config,
     data,
     evaluation,
+    hosts,
     optim,
     partition,
     prompt,
@@ -204,6 +205,7 @@ def train(
         pretraining.use_corpus(text_corpus)
     tasks = _load_tasks(mixture_or_task_name, mixture_or_task_module, user_data)
     batch_size = data.round_up(batch_size, devices.shape["data"])
+    own = partition.local_rows(devices, batch_size)
     slots = prompted.slots(backbone.cfg.vocab_size, prompt_length)
 
     class_labels = [evaluation.label_classes(task) for task, _ in tasks]
@@ -213,14 +215,14 @@ def train(
             jax.random.key(seed),
             prompt_length,
             prompt.Source(
-                np.asarray(backbone.params["token_embedder/embedding"], np.float32),
+                hosts.fetch(backbone.params["token_embedder/embedding"]).astype(np.float32),
                 vocabulary,
                 class_labels[0],
             ),
         )
     if stream:
         batches = data.stream_batches(
-            mixture_or_task_name, "train", task_feature_lengths, batch_size, seed
+            mixture_or_task_name, "train", task_feature_lengths, batch_size, seed, own
         )
         parts = held_out = [
             data.first_examples(task, eval_split, task_feature_lengths, eval_examples or 256)
@@ -235,13 +237,15 @@ def train(
         if pack_length:
             over = devices.shape["data"]
             batches = data.Packing(parts, rates, batch_size, seed, slots, pack_length, over)
+            own = partition.local_rows(devices, batches.shape[0])
+            batches = dataclasses.replace(batches, own=own)
             share, count = batches.fill()
             say(
                 f"packing: {batches.shape[0]} rows of {pack_length}, {100 * share:.0f}% full, "
                 f"{count:.1f} examples a batch"
             )
         else:
-            batches = data.train_batches(parts, rates, batch_size, seed, slots)
+            batches = data.train_batches(parts, rates, batch_size, seed, slots, own)
         held_out = [
             evaluation.from_task(task, eval_split, task_feature_lengths, vocabulary)
             for task, _ in tasks
@@ -335,7 +339,8 @@ def train(
         after = tree.fingerprint(backbone.params)
         path = folder / "prompts" / "best.safetensors"
         say(f"backbone fingerprint before {backbone.fingerprint}, after {after}")
-        say(f"best prompt of step {result.best_step}: {path} ({size(path.stat().st_size)})")
+        kept = size(path.stat().st_size) if hosts.first() else None
+        say(f"best prompt of step {result.best_step}: {path} ({kept})")
     else:
         out = folder / "backbone"
         note = {"step": result.best_step, "metrics": result.metrics}
@@ -391,7 +396,7 @@ def _prompted(
         return flat, 0
     array, metadata = prompt.load(prompt_file)
     prompt.check_backbone(prompt_file, array, metadata, backbone, ignore_fingerprint)
-    flat[training.PROMPT] = jax.device_put(array, partition.replicated(backbone.mesh))
+    flat[training.PROMPT] = partition.place(array, partition.replicated(backbone.mesh))
     return flat, len(array)
 
 
