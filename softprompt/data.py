@@ -249,25 +249,26 @@ class Packing:
         )
         # The examples that wait, oldest first: enough to find one for every gap.
         waiting: list[tuple[Examples, int]] = []
+        sizes = np.zeros((0, 2), np.int64)  # Of each its input with the slots, and its target.
         while True:
             batch = []
             for _ in range(count):
-                waiting += itertools.islice(stream, 4 * self.batch_size - len(waiting))
-                row, free, room = [], length, targets_length
+                new = list(itertools.islice(stream, 4 * self.batch_size - len(waiting)))
+                waiting += new
+                added = [
+                    (len(self.slots) + len(part.inputs[i]), len(part.targets[i])) for part, i in new
+                ]
+                sizes = np.concatenate([sizes, np.reshape(added, (-1, 2)).astype(np.int64)])
+                row, free = [], np.array([length, targets_length])
                 while True:
                     # The oldest one opens the row, then the longest one that fits follows.
-                    fits = [
-                        (len(part.inputs[i]), -k)
-                        for k, (part, i) in enumerate(waiting[: None if row else 1])
-                        if len(self.slots) + len(part.inputs[i]) <= free
-                        and len(part.targets[i]) <= room
-                    ]
-                    if not fits:
+                    fits = (sizes[: None if row else 1] <= free).all(1)
+                    if not fits.any():
                         break
-                    part, i = waiting.pop(-max(fits)[1])
-                    free -= len(self.slots) + len(part.inputs[i])
-                    room -= len(part.targets[i])
-                    row.append((part, i))
+                    k = int(np.where(fits, sizes[: len(fits), 0], -1).argmax())
+                    free -= sizes[k]
+                    sizes = np.delete(sizes, k, 0)
+                    row.append(waiting.pop(k))
                 batch.append(row)
             yield batch
 
@@ -359,16 +360,52 @@ def get_tasks(name: str) -> list[tuple[Any, float]]:
     return [(found, 1.0)]
 
 
+def cache_of(task: Any, split: str) -> str | None:
+    """The folder of a task's offline cache in seqio's cache directories, None where there is none.
+
+    A cache without the split is an error: the source is never taken in its place.
+    """
+    import seqio
+    import tensorflow as tf
+
+    if not (task.supports_caching and seqio.get_global_cache_dirs() and task.cache_dir):
+        return None
+    if not tf.io.gfile.exists(seqio.utils.get_cached_info_path(task.cache_dir, split)):
+        raise ValueError(f"the cache {task.cache_dir!r} of {task.name} has no split {split!r}")
+    return task.cache_dir
+
+
+def _check_tokens(task: Any, records: Sequence[Mapping[str, Any]], folder: str) -> None:
+    """Raises unless a sample of cached records is tokenised by the vocabulary in use."""
+    for feature in ("inputs", "targets"):
+        vocabulary = task.output_features[feature].vocabulary
+        for record in records[:: max(1, len(records) // 32)]:
+            text = record.get(f"{feature}_pretokenized")
+            if text is None:
+                continue
+            ours = [*vocabulary.encode(text.decode("utf-8")), EOS_ID]
+            if trim(record[feature], len(ours) + 1).tolist() != ours:
+                raise ValueError(
+                    f"the cache {folder!r} of {task.name} was tokenised by another vocabulary "
+                    f"than the backbone's: make it anew, or leave out its folder"
+                )
+
+
 def from_task(task: Any, split: str, lengths: Mapping[str, int]) -> Examples:
-    """All examples of a seqio task's split, tokenised, in memory."""
+    """All examples of a seqio task's split, tokenised, in memory; from its offline cache if any."""
     if split not in task.splits:
         raise ValueError(
             f"task {task.name} has no split {split!r}; it has {', '.join(task.splits)}"
         )
-    dataset = task.get_dataset(sequence_length=None, split=split, shuffle=False)
+    cached = cache_of(task, split)
+    dataset = task.get_dataset(
+        sequence_length=None, split=split, shuffle=False, use_cached=cached is not None
+    )
     records = list(dataset.as_numpy_iterator())
     if not records:
         raise ValueError(f"task {task.name}, split {split!r}: there are no examples")
+    if cached is not None:
+        _check_tokens(task, records, cached)
     inputs = [r.get("inputs", np.zeros(0, np.int32)) for r in records]
     targets = [r["targets"] for r in records]
     return make_examples(task.name, inputs, targets, records, lengths)
