@@ -1,13 +1,14 @@
 """What the devices send each other in a train step, read off the compiled program.
 
-    python benchmarks/communication.py --size t5_1_1_xl --devices 8 --model 1
-    python benchmarks/communication.py --size t5_1_1_xxl --devices 64 --model 8 --layers 2
+    python benchmarks/communication.py --size t5_1_1_xl --devices 8 --model 1 2 4 8
+    python benchmarks/communication.py --size t5_1_1_xxl --devices 64 --model 1 8 64
 
-Compiles the train step for virtual devices on abstract shapes (no weights exist) and prints a line
-for every kind of collective: over which mesh axis, how many, of which type and how many bytes of
-results per device. With `--layers N` encoder and decoder have N layers each, which compiles in
-seconds; a layer's collectives are the same in all, so two such runs give the full depth.
-`--where` adds the operations that each line comes from.
+Compiles the train step for virtual devices on abstract shapes (no weights exist), once for each
+number of devices along the model axis, and prints every kind of collective: along which mesh axis,
+how many arrays, of which type, and bytes of results per device. All layers of a stack communicate
+alike: the step is compiled with one and with two layers a stack, and their difference counts for
+each further layer. `--full` compiles all layers instead (minutes). `--where` names the operations
+that the collectives of the deepest compiled step come from.
 """
 
 import argparse
@@ -30,11 +31,11 @@ BYTES = {"pred": 1, "s32": 4, "u32": 4, "f32": 4, "bf16": 2, "f16": 2, "s8": 1, 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective operation: its kind, mesh axis, array types, bytes of results, and origin."""
+    """One array of a collective: its kind, mesh axis, type, bytes of the result, and origin."""
 
     kind: str
     axis: str
-    dtypes: str
+    dtype: str
     bytes: int
     origin: str
 
@@ -46,18 +47,18 @@ def collectives(program: str, model: int) -> list[Collective]:
         match = OPERATION.search(line)
         if not match:
             continue
-        arrays = ARRAY.findall(match[1])
-        size = sum(
-            BYTES[kind] * int(np.prod([int(n) for n in dims.split(",") if n], dtype=np.int64))
-            for kind, dims in arrays
-        )
         origin = re.search(r'op_name="([^"]*)"', line)
-        dtypes = "+".join(sorted({kind for kind, _ in arrays}))
-        if re.search(r"to_apply=\S*promoted", line):
-            # XLA's CPU compiler sums bfloat16 as float32; accelerators send it as it is.
-            dtypes, size = dtypes.replace("f32", "bf16"), size // 2
-        place = origin[1] if origin else "?"
-        found.append(Collective(match[2], axis(line, model), dtypes, size, place))
+        for dtype, dims in ARRAY.findall(match[1]):
+            if re.search(r"to_apply=\S*promoted", line):
+                # XLA's CPU compiler sums bfloat16 as float32; accelerators send it as it is.
+                dtype = dtype.replace("f32", "bf16")
+            size = int(np.prod([int(n) for n in dims.split(",") if n], dtype=np.int64))
+            found.append(
+                Collective(
+                    match[2], axis(line, model), dtype, BYTES[dtype] * size,
+                    origin[1] if origin else "?",
+                )
+            )  # fmt: skip
     return found
 
 
@@ -126,51 +127,69 @@ def abstract_step(
     return jax.jit(step, donate_argnums=0).lower(state, frozen, ids)
 
 
+def count(found: list[Collective]) -> dict[tuple[str, str, str], np.ndarray]:
+    """(arrays, bytes) of each mesh axis, kind and type."""
+    totals: dict[tuple[str, str, str], np.ndarray] = {}
+    for one in found:
+        key = (one.axis, one.kind, one.dtype)
+        totals[key] = totals.get(key, np.zeros(2, np.int64)) + [1, one.bytes]
+    return totals
+
+
+def compiled(cfg: t5.T5Config, mesh, layers: int, *shape: int) -> list[Collective]:
+    """The collectives of a step with so many layers in each stack."""
+    cfg = dataclasses.replace(cfg, num_encoder_layers=layers, num_decoder_layers=layers)
+    # No machine code is run: what the partitioner and the simplifiers leave is counted.
+    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    program = abstract_step(cfg, mesh, *shape).compile(options).as_text()
+    return collectives(program, mesh.shape["model"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="t5_1_1_xl", choices=list(t5.SIZES))
     parser.add_argument("--devices", type=int, default=8)
-    parser.add_argument("--model", type=int, default=1, help="devices of the model axis")
+    parser.add_argument("--model", type=int, nargs="+", default=[1], help="along the model axis")
     parser.add_argument("--prompt_length", type=int, default=100)
-    parser.add_argument("--batch_size", type=int, default=0, help="0: four rows per data shard")
+    parser.add_argument("--batch_size", type=int, default=0, help="0: four rows a device")
     parser.add_argument("--inputs", type=int, default=256)
     parser.add_argument("--targets", type=int, default=8)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--layers", type=int, default=0, help="0: all of the size's")
-    parser.add_argument("--where", action="store_true")
+    parser.add_argument("--full", action="store_true", help="compile all layers")
+    parser.add_argument("--where", action="store_true", help="name the operations")
     args = parser.parse_args()
     flag = f"--xla_force_host_platform_device_count={args.devices}"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
     jax.config.update("jax_platforms", "cpu")
-    mesh = partition.make_mesh(model=args.model)
     cfg = t5.config(args.size, dtype=args.dtype)
-    if args.layers:
-        cfg = dataclasses.replace(
-            cfg, num_encoder_layers=args.layers, num_decoder_layers=args.layers
-        )
-    batch = args.batch_size or 4 * mesh.shape["data"]
+    depth = cfg.num_encoder_layers
+    batch = args.batch_size or 4 * args.devices
+    shape = (args.prompt_length, batch, args.inputs, args.targets)
+    jax.devices()
     # Traced as for an accelerator: on a CPU products of bfloat16 give float32 (see `t5._einsum`).
     jax.default_backend = lambda: "tpu"
-    lowered = abstract_step(cfg, mesh, args.prompt_length, batch, args.inputs, args.targets)
-    # Machine code is not run here: only what the partitioner and the simplifiers leave counts.
-    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    found = collectives(lowered.compile(options).as_text(), args.model)
-    print(
-        f"{args.size}, {cfg.num_encoder_layers}+{cfg.num_decoder_layers} layers, mesh "
-        f"{dict(mesh.shape)}, {batch} rows of {args.prompt_length}+{args.inputs} and {args.targets}"
-    )
-    lines = collections.defaultdict(list)
-    for one in found:
-        lines[one.axis, one.kind, one.dtypes, one.bytes].append(one.origin)
-    for (over, kind, dtypes, size), origins in sorted(lines.items()):
-        print(f"{over:6} {len(origins):5} x {kind:14} {dtypes:10} {size:>14,} bytes")
+    for model in args.model:
+        mesh = partition.make_mesh(model=model)
+        if args.full:
+            deepest = compiled(cfg, mesh, depth, *shape)
+            totals = count(deepest)
+        else:
+            one, deepest = (compiled(cfg, mesh, layers, *shape) for layers in (1, 2))
+            first, second = count(one), count(deepest)
+            totals = {k: x + (depth - 2) * (x - first.get(k, 0)) for k, x in second.items()}
+        print(
+            f"{args.size}, {depth}+{depth} layers, mesh {dict(mesh.shape)}, {batch} rows of "
+            f"{args.prompt_length}+{args.inputs} and {args.targets}"
+        )
+        for (over, kind, dtype), (arrays, size) in sorted(totals.items()):
+            print(f"  {over:5}  {arrays:5} x {kind:14} {dtype:5} {size:>15,} bytes", flush=True)
         if args.where:
-            shown = collections.Counter(re.sub(r"layers_\d+", "layers_*", o) for o in origins)
-            for origin, count in shown.most_common(8):
-                print(f"           {count:4} {origin[-110:]}")
-    for over in sorted({one.axis for one in found}):
-        total = sum(one.bytes for one in found if one.axis == over)
-        print(f"{over}: {total:,} bytes per device and step")
+            origins = collections.Counter(
+                (one.axis, one.bytes, re.sub(r"layers_\d+", "layers_*", one.origin))
+                for one in deepest
+            )
+            for (over, size, origin), times in sorted(origins.items()):
+                print(f"    {over:5} {times} x {size:,} bytes  {origin[-120:]}")
 
 
 if __name__ == "__main__":
