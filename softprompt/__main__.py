@@ -8,6 +8,9 @@ import tempfile
 from collections.abc import Sequence
 
 GIN_COMMANDS = ("train", "population", "eval", "infer", "baseline", "sweep", "transfer")
+# Commands that several processes can run together, and how they find each other.
+JOB_COMMANDS = ("train", "eval")
+JOB_FLAGS = ("coordinator_address", "num_processes", "process_id", "distributed")
 USER_DATA_FLAGS = {
     "train_file": "TRAIN_FILE",
     "validation_file": "VALIDATION_FILE",
@@ -116,6 +119,16 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--tfds_data_dir", help="folder of TensorFlow data sets")
         command.add_argument("--seqio_additional_cache_dirs", default="", metavar="DIR[,DIR…]")
         command.add_argument("--ignore_fingerprint", action="store_true")
+        if name in JOB_COMMANDS:
+            command.add_argument(
+                "--coordinator_address", metavar="HOST:PORT", help="of process 0 of a job"
+            )
+            command.add_argument("--num_processes", type=int, help="processes of the job")
+            command.add_argument("--process_id", type=int, help="which of them this is, from 0")
+            command.add_argument(
+                "--distributed", choices=("auto",),
+                help="take them from the cluster: SLURM, TPU pods, Kubernetes, Open MPI",
+            )  # fmt: skip
         if name != "infer":
             command.add_argument("--task_name", default="user_task", help="name of your own data")
             command.add_argument("--train_file", help="your own data, JSON Lines or CSV")
@@ -248,9 +261,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"softprompt {args.command} takes no --gin flags")
         _use_compilation_cache()
         if args.command in GIN_COMMANDS:
+            from softprompt import hosts
+
             _keep_memory()
-        if args.command in GIN_COMMANDS:
-            return _run_gin(args, bindings)
+            with hosts.job(**{name: getattr(args, name, None) for name in JOB_FLAGS}):
+                return _run_gin(args, bindings)
         if args.command == "quickstart":
             from softprompt import quickstart
 

@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 from softprompt import backbone as backbones
-from softprompt import data, evaluation, optim, partition, prompted, train, voting
+from softprompt import data, evaluation, hosts, optim, partition, prompted, train, voting
 from softprompt import population as populations
 from softprompt import prompt as prompts
 from softprompt.backbone import Backbone
@@ -276,7 +276,7 @@ def _tuning(
         if labels is not None and text not in labels:
             raise ValueError(f"the target {text!r} is not among the labels {list(labels)}")
     init = prompt_init or (prompts.class_labels if labels else prompts.sampled_vocab)
-    embedding = np.asarray(backbone.params["token_embedder/embedding"], np.float32)
+    embedding = hosts.fetch(backbone.params["token_embedder/embedding"]).astype(np.float32)
     source = prompts.Source(embedding, backbone.vocabulary, labels, backbone)
     initial = init(jax.random.key(seed), prompt_length, source)
     deep = prompts.deep_rows(backbone, initial, prompt_depth)
@@ -284,6 +284,7 @@ def _tuning(
     label_ids = evaluation.training_labels(loss, [examples], [labels], backbone.vocabulary)
     slots = prompted.slots(backbone.cfg.vocab_size, prompt_length)
     batch_size = data.round_up(batch_size, backbone.mesh.shape["data"])
+    own = partition.local_rows(backbone.mesh, batch_size)
 
     run_evaluation = None
     if validation_data is not None:
@@ -311,7 +312,7 @@ def _tuning(
 
     arguments = dict(
         backbone=backbone,
-        batches=data.train_batches([examples], [1.0], batch_size, seed, slots),
+        batches=data.train_batches([examples], [1.0], batch_size, seed, slots, own),
         optimizer=optim.adafactor(learning_rate),
         train_steps=train_steps,
         prompt=initial,
@@ -348,7 +349,7 @@ def _with_prompt(backbone: Backbone, prompt: Prompt | np.ndarray | None) -> tupl
         if prompt.deep is not None:
             flat[train.DEEP] = jax.device_put(prompt.deep, partition.replicated(backbone.mesh))
         prompt = prompt.array
-    flat[train.PROMPT] = jax.device_put(
+    flat[train.PROMPT] = partition.place(
         np.asarray(prompt, np.float32), partition.replicated(backbone.mesh)
     )
     return flat, len(prompt)

@@ -54,8 +54,9 @@ def load(
 ) -> Backbone:
     """Loads a backbone onto `mesh` (default: all devices as data), weights as `dtype`.
 
-    Tensor by tensor, straight into the sharded arrays. `path`, `vocabulary_file` and
-    `relative_max_distance`: see `formats.open_stored`.
+    Tensor by tensor, straight into the sharded arrays: of several processes each reads every
+    tensor (the fingerprint is of them all) and keeps the shards of its own devices. `path`,
+    `vocabulary_file` and `relative_max_distance`: see `formats.open_stored`.
 
     Raises:
       ValueError: nothing there, or names or shapes that do not fit the stated architecture.
@@ -71,7 +72,7 @@ def load(
     for name in sorted(stored.shapes):
         x = stored.read(name)
         fingerprint.add(name, x)
-        params[name] = jax.device_put(np.asarray(x).astype(cfg.dtype), places[name])
+        params[name] = partition.place(np.asarray(x).astype(cfg.dtype), places[name])
         # One tensor at a time: the copy is done before the next one is read.
         params[name].block_until_ready()
     if stored.fingerprint not in (None, str(fingerprint)):
@@ -106,10 +107,10 @@ def random(
     variables = abstract(cfg)
     ids = jnp.zeros((1, 8), jnp.int32)
 
-    def init(key):
-        return tree.flatten(PromptedT5(cfg).init(key, ids, ids)["params"])
+    def init():
+        return tree.flatten(PromptedT5(cfg).init(jax.random.key(seed), ids, ids)["params"])
 
-    params = jax.jit(init, out_shardings=partition.shardings(variables, mesh))(jax.random.key(seed))
+    params = jax.jit(init, out_shardings=partition.shardings(variables, mesh))()
     return Backbone(name, cfg, params, vocabulary, tree.fingerprint(params), mesh)
 
 

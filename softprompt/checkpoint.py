@@ -18,6 +18,8 @@ import numpy as np
 import safetensors
 from safetensors import numpy as safetensors_numpy
 
+from softprompt import hosts, partition
+
 Path = str | os.PathLike
 FORMAT_VERSION = 1
 
@@ -27,8 +29,13 @@ class CorruptFile(ValueError):
 
 
 def write(path: Path, arrays: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
-    """Writes arrays and JSON metadata to `path`; readers see the old file or the whole new one."""
-    arrays = {name: np.asarray(jax.device_get(x), order="C") for name, x in arrays.items()}
+    """Writes arrays and JSON metadata to `path`; readers see the old file or the whole new one.
+
+    All of several processes call it, and the first one writes.
+    """
+    arrays = {name: np.asarray(hosts.fetch(x), order="C") for name, x in arrays.items()}
+    if not hosts.first():
+        return
     header = {key: json.dumps(value, sort_keys=True) for key, value in metadata.items()}
     header["format_version"] = json.dumps(FORMAT_VERSION)
     header["sha256"] = json.dumps(_hash(arrays))
@@ -46,7 +53,9 @@ def _sort_header(content: bytes) -> bytes:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes bytes next to `path`, flushes them to disk, and renames."""
+    """Writes bytes next to `path`, flushes them to disk, renames; the first process alone does."""
+    if not hosts.first():
+        return
     path = pathlib.Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -174,8 +183,9 @@ def save_state(model_dir: Path, state: Any, metadata: Mapping[str, Any], keep: i
     names, leaves, _ = _names(state)
     step = int(state["step"])
     write(step_path(model_dir, step), dict(zip(names, leaves, strict=True)), metadata)
-    for old in steps(model_dir)[:-keep]:
-        step_path(model_dir, old).unlink(missing_ok=True)
+    if hosts.first():
+        for old in steps(model_dir)[:-keep]:
+            step_path(model_dir, old).unlink(missing_ok=True)
 
 
 def restore_state(model_dir: Path, template: Any, say=print) -> tuple[Any, dict[str, Any]] | None:
@@ -183,9 +193,26 @@ def restore_state(model_dir: Path, template: Any, say=print) -> tuple[Any, dict[
 
     `template` is a state of the same structure; arrays come back on its shardings. A corrupt file
     is named through `say`, and the step before it is taken. If every checkpoint is corrupt, that
-    is an error: a run is never silently started over.
+    is an error: a run is never silently started over. The first of several processes reads, and
+    all get what it read.
     """
     names, leaves, structure = _names(template)
+    expected = dict(zip(names, leaves, strict=True))
+    shapes = {name: x.shape for name, x in expected.items()}
+    found = hosts.shared(lambda: _newest(model_dir, shapes, say))
+    if found is None:
+        return None
+    arrays, metadata = found
+    restored = [
+        partition.place(arrays[name].astype(leaf.dtype), leaf.sharding)
+        for name, leaf in expected.items()
+    ]
+    return jax.tree_util.tree_unflatten(structure, restored), metadata
+
+
+def _newest(
+    model_dir: Path, shapes: Mapping[str, tuple[int, ...]], say
+) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
     found = steps(model_dir)
     for step in reversed(found):
         path = step_path(model_dir, step)
@@ -194,22 +221,17 @@ def restore_state(model_dir: Path, template: Any, say=print) -> tuple[Any, dict[
         except CorruptFile as error:
             say(f"{error}; falling back to the checkpoint before it")
             continue
-        expected = dict(zip(names, leaves, strict=True))
-        wrong = sorted(set(names) ^ set(arrays)) or [
-            f"{n}: {arrays[n].shape} instead of {x.shape}"
-            for n, x in expected.items()
-            if arrays[n].shape != x.shape
+        wrong = sorted(set(shapes) ^ set(arrays)) or [
+            f"{n}: {arrays[n].shape} instead of {shape}"
+            for n, shape in shapes.items()
+            if arrays[n].shape != shape
         ]
         if wrong:
             raise ValueError(
                 f"{str(path)!r} holds the state of another run (other trainable parameters, "
                 f"prompt length or optimizer): {'; '.join(wrong[:8])}. Use another MODEL_DIR"
             )
-        restored = [
-            jax.device_put(arrays[name].astype(leaf.dtype), leaf.sharding)
-            for name, leaf in expected.items()
-        ]
-        return jax.tree_util.tree_unflatten(structure, restored), metadata
+        return arrays, metadata
     if found:
         raise ValueError(
             f"every checkpoint in {str(model_dir)!r} is corrupt (steps {found}); remove the folder "

@@ -176,22 +176,24 @@ def train_batches(
     batch_size: int,
     seed: int,
     slots: np.ndarray,
+    own: slice = slice(None),
 ) -> Callable[[int], Iterator[Batch]]:
     """Endless shuffled batches of a mixture, an example in each row; all of one shape.
 
     Call the result with the step to start from. `slots` `[P]` are put before each input; for
-    `parts`, `rates` and `seed` see `drawn`.
+    `parts`, `rates` and `seed` see `drawn`. Of each batch only the rows `own` are made: those of
+    this process (`partition.local_rows`). They are the same rows whoever makes them.
     """
     inputs_length = max(longest(part.inputs) for part in parts)
     targets_length = max(longest(part.targets) for part in parts)
 
     def generate(start: int) -> Iterator[Batch]:
         for rows in drawn(parts, rates, batch_size, seed, start):
-            inputs = [part.inputs[i] for part, i in rows]
-            targets = [part.targets[i] for part, i in rows]
+            inputs = [part.inputs[i] for part, i in rows[own]]
+            targets = [part.targets[i] for part, i in rows[own]]
             yield {
-                "encoder_ids": pad(inputs, batch_size, inputs_length, slots),
-                "targets": pad(targets, batch_size, targets_length),
+                "encoder_ids": pad(inputs, len(inputs), inputs_length, slots),
+                "targets": pad(targets, len(targets), targets_length),
             }
 
     return generate
@@ -211,6 +213,7 @@ class Packing:
       batch_size: examples per batch, on the average.
       length: T, tokens of an encoder row, slots included.
       rows_multiple: R is rounded up to it (the mesh's data axis).
+      own: the rows that batches hold, of all R: see `train_batches`.
     """
 
     parts: Sequence[Examples]
@@ -220,6 +223,7 @@ class Packing:
     slots: np.ndarray
     length: int
     rows_multiple: int = 1
+    own: slice = dataclasses.field(default_factory=lambda: slice(None))
 
     def __post_init__(self):
         need = len(self.slots) + max(len(ids) for part in self.parts for ids in part.inputs)
@@ -252,37 +256,38 @@ class Packing:
         )
         # The examples that wait, oldest first: enough to find one for every gap.
         waiting: list[tuple[Examples, int]] = []
+        sizes = np.zeros((0, 2), np.int64)  # Of each its input with the slots, and its target.
         while True:
             batch = []
             for _ in range(count):
-                waiting += itertools.islice(stream, 4 * self.batch_size - len(waiting))
-                row, free, room = [], length, targets_length
+                new = list(itertools.islice(stream, 4 * self.batch_size - len(waiting)))
+                waiting += new
+                added = [
+                    (len(self.slots) + len(part.inputs[i]), len(part.targets[i])) for part, i in new
+                ]
+                sizes = np.concatenate([sizes, np.reshape(added, (-1, 2)).astype(np.int64)])
+                row, free = [], np.array([length, targets_length])
                 while True:
                     # The oldest one opens the row, then the longest one that fits follows.
-                    fits = [
-                        (len(part.inputs[i]), -k)
-                        for k, (part, i) in enumerate(waiting[: None if row else 1])
-                        if len(self.slots) + len(part.inputs[i]) <= free
-                        and len(part.targets[i]) <= room
-                    ]
-                    if not fits:
+                    fits = (sizes[: None if row else 1] <= free).all(1)
+                    if not fits.any():
                         break
-                    part, i = waiting.pop(-max(fits)[1])
-                    free -= len(self.slots) + len(part.inputs[i])
-                    room -= len(part.targets[i])
-                    row.append((part, i))
+                    k = int(np.where(fits, sizes[: len(fits), 0], -1).argmax())
+                    free -= sizes[k]
+                    sizes = np.delete(sizes, k, 0)
+                    row.append(waiting.pop(k))
                 batch.append(row)
             yield batch
 
     def __call__(self, start: int) -> Iterator[Batch]:
         for batch in itertools.islice(self.rows(), start, None):
-            yield self.pack(batch)
+            yield self.pack(batch[self.own])
 
     def pack(self, batch: Sequence[Sequence[tuple[Examples, int]]]) -> Batch:
         """Arrays of a batch, from the examples of every row."""
-        count, length, targets_length = self.shape
+        _, length, targets_length = self.shape
         packed = {
-            name: np.zeros((count, width), np.int32)
+            name: np.zeros((len(batch), width), np.int32)
             for name, width in (
                 ("encoder_ids", length),
                 ("encoder_segments", length),
@@ -368,16 +373,52 @@ def get_tasks(name: str) -> list[tuple[Any, float]]:
     return [(found, 1.0)]
 
 
+def cache_of(task: Any, split: str) -> str | None:
+    """The folder of a task's offline cache in seqio's cache directories, None where there is none.
+
+    A cache without the split is an error: the source is never taken in its place.
+    """
+    import seqio
+    import tensorflow as tf
+
+    if not (task.supports_caching and seqio.get_global_cache_dirs() and task.cache_dir):
+        return None
+    if not tf.io.gfile.exists(seqio.utils.get_cached_info_path(task.cache_dir, split)):
+        raise ValueError(f"the cache {task.cache_dir!r} of {task.name} has no split {split!r}")
+    return task.cache_dir
+
+
+def _check_tokens(task: Any, records: Sequence[Mapping[str, Any]], folder: str) -> None:
+    """Raises unless a sample of cached records is tokenised by the vocabulary in use."""
+    for feature in ("inputs", "targets"):
+        vocabulary = task.output_features[feature].vocabulary
+        for record in records[:: max(1, len(records) // 32)]:
+            text = record.get(f"{feature}_pretokenized")
+            if text is None:
+                continue
+            ours = [*vocabulary.encode(text.decode("utf-8")), EOS_ID]
+            if trim(record[feature], len(ours) + 1).tolist() != ours:
+                raise ValueError(
+                    f"the cache {folder!r} of {task.name} was tokenised by another vocabulary "
+                    f"than the backbone's: make it anew, or leave out its folder"
+                )
+
+
 def from_task(task: Any, split: str, lengths: Mapping[str, int]) -> Examples:
-    """All examples of a seqio task's split, tokenised, in memory."""
+    """All examples of a seqio task's split, tokenised, in memory; from its offline cache if any."""
     if split not in task.splits:
         raise ValueError(
             f"task {task.name} has no split {split!r}; it has {', '.join(task.splits)}"
         )
-    dataset = task.get_dataset(sequence_length=None, split=split, shuffle=False)
+    cached = cache_of(task, split)
+    dataset = task.get_dataset(
+        sequence_length=None, split=split, shuffle=False, use_cached=cached is not None
+    )
     records = list(dataset.as_numpy_iterator())
     if not records:
         raise ValueError(f"task {task.name}, split {split!r}: there are no examples")
+    if cached is not None:
+        _check_tokens(task, records, cached)
     inputs = [r.get("inputs", np.zeros(0, np.int32)) for r in records]
     targets = [r["targets"] for r in records]
     return make_examples(task.name, inputs, targets, records, lengths)
@@ -400,11 +441,17 @@ def first_examples(task: Any, split: str, lengths: Mapping[str, int], count: int
 
 
 def stream_batches(
-    name: str, split: str, lengths: Mapping[str, int], batch_size: int, seed: int
+    name: str,
+    split: str,
+    lengths: Mapping[str, int],
+    batch_size: int,
+    seed: int,
+    own: slice = slice(None),
 ) -> Callable[[int], Iterator[Batch]]:
     """Endless batches of a task too large for memory (pre-training text), read as they are needed.
 
-    seqio's pipeline is deterministic for a seed; starting at step k reads past k batches.
+    seqio's pipeline is deterministic for a seed; starting at step k reads past k batches. For
+    `own` see `train_batches`: the text of the other rows is read too, to keep the order.
     """
     import seqio
     import tensorflow as tf
@@ -428,7 +475,8 @@ def stream_batches(
         )
         options = tf.data.Options()
         options.deterministic = True
-        dataset = dataset.with_options(options).skip(start).prefetch(8)
+        dataset = dataset.with_options(options).skip(start)
+        dataset = dataset.map(lambda batch: {k: x[own] for k, x in batch.items()}).prefetch(8)
         yield from dataset.as_numpy_iterator()
 
     return generate

@@ -193,8 +193,9 @@ class Predictor:
         cfg = dataclasses.replace(backbone.cfg, dropout_rate=0.0)
         module = PromptedT5(cfg, sum(prompt_lengths))
 
-        def generate(flat, ids, key):
+        def generate(flat, ids, number):
             params = tree.unflatten(flat)
+            key = jax.random.fold_in(jax.random.key(seed), number)
             if temperature > 0:
                 return decode.sample(
                     module, params, ids, decode_length, key, temperature, top_k, top_p
@@ -203,15 +204,16 @@ class Predictor:
                 return decode.beam(module, params, ids, decode_length, beams)[0]
             return decode.greedy(module, params, ids, decode_length)
 
-        self._generate = jax.jit(generate)
-        self._generate_scored = jax.jit(
+        # Every process gets every row's result.
+        jit = functools.partial(jax.jit, out_shardings=partition.replicated(backbone.mesh))
+        self._generate = jit(generate)
+        self._generate_scored = jit(
             lambda flat, ids: decode.greedy_scored(module, tree.unflatten(flat), ids, decode_length)
         )
-        self._score = jax.jit(
+        self._score = jit(
             lambda flat, ids, labels: decode.score_labels(module, tree.unflatten(flat), ids, labels)
         )
-        self._loss = jax.jit(functools.partial(_token_loss, module))
-        self._key = jax.random.key(seed)
+        self._loss = jit(functools.partial(_token_loss, module))
         self._rows = partition.batch_sharding(backbone.mesh)
 
     def _batches(self, examples: data.Examples, which: Sequence[int] | None = None):
@@ -219,7 +221,7 @@ class Predictor:
             raise ValueError(f"there are {len(self.slots)} prompts: say which one is whose")
         slots = self.slots[0] if which is None else [self.slots[k] for k in which]
         for indices, batch in data.eval_batches(examples, self.batch_size, slots):
-            yield indices, jax.device_put(batch, self._rows)
+            yield indices, {k: partition.place(x, self._rows) for k, x in batch.items()}
 
     def generate(
         self, flat: tree.Flat, examples: data.Examples, which: Sequence[int] | None = None
@@ -227,8 +229,7 @@ class Predictor:
         """A decoded string per example; `which` names the prompt of each."""
         texts = [""] * len(examples)
         for number, (indices, batch) in enumerate(self._batches(examples, which)):
-            key = jax.random.fold_in(self._key, number)
-            ids = np.asarray(self._generate(flat, batch["encoder_ids"], key))
+            ids = np.asarray(self._generate(flat, batch["encoder_ids"], np.int32(number)))
             for i, row in zip(indices, ids, strict=False):
                 texts[i] = self._text(row)
         return texts
@@ -274,11 +275,11 @@ class Predictor:
             ids[: own.shape[0], : own.shape[1]] = own
         scores = np.zeros((len(examples), count), np.float32)
         for indices, batch in self._batches(examples, which):
-            ids = jnp.asarray(label_ids[0])
+            ids = label_ids[0]
             if not shared:
                 of_rows = np.zeros((self.batch_size, count, length), np.int32)
                 of_rows[: len(indices)] = label_ids[of_example[indices]]
-                ids = jax.device_put(of_rows, self._rows)
+                ids = partition.place(of_rows, self._rows)
             found = np.asarray(self._score(flat, batch["encoder_ids"], ids))
             scores[indices] = found[: len(indices)]
         if not shared:

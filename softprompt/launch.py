@@ -26,6 +26,7 @@ from softprompt import (
     cooccurrence,
     data,
     evaluation,
+    hosts,
     optim,
     partition,
     prompt,
@@ -256,6 +257,7 @@ def train(
         pretraining.use_corpus(text_corpus)
     tasks = shared(_load_tasks, mixture_or_task_name, mixture_or_task_module, user_data)
     batch_size = data.round_up(batch_size, devices.shape["data"])
+    own = partition.local_rows(devices, batch_size)
     slots = prompted.slots(backbone.cfg.vocab_size, prompt_length)
 
     class_labels = [evaluation.label_classes(task) for task, _ in tasks]
@@ -265,7 +267,7 @@ def train(
             jax.random.key(seed),
             prompt_length,
             prompt.Source(
-                np.asarray(backbone.params["token_embedder/embedding"], np.float32),
+                hosts.fetch(backbone.params["token_embedder/embedding"]).astype(np.float32),
                 vocabulary,
                 class_labels[0],
                 backbone,
@@ -274,7 +276,7 @@ def train(
         deep = prompt.deep_rows(backbone, initial, prompt_depth)
     if stream:
         batches = data.stream_batches(
-            mixture_or_task_name, "train", task_feature_lengths, batch_size, seed
+            mixture_or_task_name, "train", task_feature_lengths, batch_size, seed, own
         )
         parts = held_out = [
             data.first_examples(task, eval_split, task_feature_lengths, eval_examples or 256)
@@ -290,13 +292,15 @@ def train(
         if pack_length:
             over = devices.shape["data"]
             batches = data.Packing(parts, rates, batch_size, seed, slots, pack_length, over)
+            own = partition.local_rows(devices, batches.shape[0])
+            batches = dataclasses.replace(batches, own=own)
             share, count = batches.fill()
             say(
                 f"packing: {batches.shape[0]} rows of {pack_length}, {100 * share:.0f}% full, "
                 f"{count:.1f} examples a batch"
             )
         else:
-            batches = data.train_batches(parts, rates, batch_size, seed, slots)
+            batches = data.train_batches(parts, rates, batch_size, seed, slots, own)
         held_out = [
             shared(evaluation.from_task, task, eval_split, task_feature_lengths, vocabulary)
             for task, _ in tasks
@@ -400,7 +404,8 @@ def train(
         after = tree.fingerprint(backbone.params)
         path = folder / "prompts" / "best.safetensors"
         say(f"backbone fingerprint before {backbone.fingerprint}, after {after}")
-        say(f"best prompt of step {result.best_step}: {path} ({size(path.stat().st_size)})")
+        kept = size(path.stat().st_size) if hosts.first() else None
+        say(f"best prompt of step {result.best_step}: {path} ({kept})")
     else:
         out = folder / "backbone"
         note = {"step": result.best_step, "metrics": result.metrics}
@@ -488,7 +493,8 @@ def _prompted(
     if prompt_file is None:
         return flat, 0
     found = prompt.load_parameters(prompt_file, backbone, ignore_fingerprint)
-    flat |= jax.device_put(found, partition.replicated(backbone.mesh))
+    everywhere = partition.replicated(backbone.mesh)
+    flat |= {name: partition.place(x, everywhere) for name, x in found.items()}
     return flat, len(found[training.PROMPT])
 
 
@@ -506,7 +512,7 @@ def _banked(
     bank, lengths = prompt.bank(arrays, backbone.cfg.emb_dim)
     flat = dict(backbone.params)
     if len(bank):
-        flat[training.PROMPT] = jax.device_put(bank, partition.replicated(backbone.mesh))
+        flat[training.PROMPT] = partition.place(bank, partition.replicated(backbone.mesh))
     return flat, lengths
 
 

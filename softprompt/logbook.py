@@ -6,12 +6,13 @@ import pathlib
 import time
 from collections.abc import Mapping
 
-from softprompt import checkpoint
+from softprompt import checkpoint, hosts
 
 
 def say(line: str) -> None:
-    """Prints a line at once, also into a pipe."""
-    print(line, flush=True)
+    """Prints a line at once, also into a pipe; of several processes the first one speaks."""
+    if hosts.first():
+        print(line, flush=True)
 
 
 def duration(seconds: float) -> str:
@@ -35,11 +36,11 @@ def size(count: int) -> str:
 class Logbook:
     """Figures by step, in `<model_dir>/<name>.jsonl` and TensorBoard, cut back when a run resumes.
 
-    With `model_dir` None nothing is written.
+    With `model_dir` None nothing is written, nor by any but the first of several processes.
     """
 
     def __init__(self, model_dir: str | os.PathLike | None, start: int):
-        self.folder = None if model_dir is None else pathlib.Path(model_dir)
+        self.folder = None if model_dir is None or not hosts.first() else pathlib.Path(model_dir)
         self._events = None
         self._start = start
         self._clock = (start, time.monotonic())
@@ -88,6 +89,7 @@ class Logbook:
         say(
             f"step {step}/{last}  loss {loss:.4f}  {rate:.2f} steps/s  "
             f"{rates['tokens_per_second']:,.0f} tokens/s  MFU {100 * rates['mfu']:.0f}%  "
+            f"data wait {100 * rates['data_wait']:.1f}%  "
             f"{left} left"
         )
 

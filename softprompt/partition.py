@@ -28,7 +28,8 @@ LOGICAL_AXIS_RULES: tuple[tuple[str, str | None], ...] = (
 
 def make_mesh(data: int = -1, model: int = 1, devices: int | None = None) -> Mesh:
     """A mesh of `data × model` devices; `data = -1` takes what `model` leaves of all devices."""
-    available = jax.devices()[:devices]
+    # Each host's devices are neighbours, so that its rows of a batch are neighbours too.
+    available = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))[:devices]
     if data == -1:
         data = len(available) // model
     if data * model != len(available) or data < 1:
@@ -74,6 +75,33 @@ def shardings(variables: Mapping[str, Any], mesh: Mesh) -> dict[str, NamedShardi
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of a batch over the data axis."""
     return NamedSharding(mesh, spec(("batch",)))
+
+
+def local_rows(mesh: Mesh, count: int) -> slice:
+    """Which of a batch's `count` rows lie on this process's devices; the others' it need not read.
+
+    All of them where there is one process, or where the model axis spans all.
+    """
+    found = batch_sharding(mesh).addressable_devices_indices_map((count,)).values()
+    spans = sorted({rows.indices(count)[:2] for (rows,) in found})
+    if any(end != start for (_, end), (start, _) in zip(spans, spans[1:], strict=False)):
+        raise ValueError(
+            f"a process's rows of a batch are no neighbours on this mesh: {spans}; give each "
+            f"process one block of the data axis"
+        )
+    return slice(spans[0][0], spans[-1][1])
+
+
+def place_rows(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """A global batch, of the rows (`local_rows`) that each process has."""
+    rows = batch_sharding(mesh)
+    return {k: jax.make_array_from_process_local_data(rows, x) for k, x in batch.items()}
+
+
+def place(x: Any, sharding: NamedSharding) -> jax.Array:
+    """A global array of a value that every process has whole; its devices get their shards."""
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -61,16 +61,18 @@ class Meter:
       passes: forward passes that a step costs: 3 where all weights train, 2 where a prompt alone
         does (the gradient goes back through the frozen weights, but theirs is never computed).
       devices: how many share a step.
+      share: of a step's rows that the counted batches hold; the rows of other processes are taken
+        to be like ours.
     """
 
-    def __init__(self, cfg: T5Config, passes: int, devices: int):
-        self._cfg, self._passes, self._devices = cfg, passes, devices
+    def __init__(self, cfg: T5Config, passes: int, devices: int, share: float = 1.0):
+        self._cfg, self._passes, self._devices, self._share = cfg, passes, devices, share
         self.restart()
 
     def restart(self) -> None:
         """Forgets what was counted: evaluations and compilation are not training."""
         self._began = time.perf_counter()
-        self._tokens = self._flops = 0.0
+        self._tokens = self._flops = self._waited = 0.0
 
     def add(self, batch: Mapping[str, np.ndarray]) -> None:
         """Counts a batch of `encoder_ids` `[B, T]` and `targets` `[B, L]`."""
@@ -78,17 +80,23 @@ class Meter:
         self._tokens += sum(int(x.sum()) for x in lengths)
         self._flops += self._passes * forward_flops(self._cfg, *lengths)
 
+    def wait(self, seconds: float) -> None:
+        """Counts time in which the device waited for a batch."""
+        self._waited += seconds
+
     def read(self) -> dict[str, float]:
-        """Tokens per second and model FLOPs utilisation since the last reading.
+        """Tokens per second, model FLOPs utilisation and data wait since the last reading.
 
         Utilisation is that of useful work: padding counts as none (Chowdhery et al. 2022,
-        appendix B, where nothing is padded), against `peak` on every device.
+        appendix B, where nothing is padded), against `peak` on every device. `data_wait` is the
+        share of the time in which the device had nothing to do because no batch was ready.
         """
         elapsed = max(time.perf_counter() - self._began, 1e-9)
         reachable = peak(jnp.dtype(self._cfg.dtype).name) * self._devices
         figures = {
-            "tokens_per_second": self._tokens / elapsed,
-            "mfu": self._flops / elapsed / reachable,
+            "tokens_per_second": self._tokens / self._share / elapsed,
+            "mfu": self._flops / self._share / elapsed / reachable,
+            "data_wait": min(self._waited / elapsed, 1.0),
         }
         self.restart()
         return figures

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 
-from softprompt import checkpoint, decode, losses, partition, throughput, tree
+from softprompt import checkpoint, decode, hosts, losses, partition, pipeline, throughput, tree
 from softprompt.backbone import Backbone, abstract
 from softprompt.logbook import Logbook, say
 from softprompt.prompted import PromptedT5
@@ -173,20 +174,27 @@ def init_state(
     return {
         "trainable": trainable,
         "opt": jax.jit(optimizer.init, out_shardings=places)(trainable),
-        **{name: jax.device_put(x, everywhere) for name, x in scalars.items()},
+        **{name: partition.place(x, everywhere) for name, x in scalars.items()},
     }
 
 
 @contextlib.contextmanager
-def _termination() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, instead of ending the process."""
+def _termination() -> Iterator[Callable[[int], bool]]:
+    """Called after each step, says whether SIGTERM, which ends no process here, asks to stop.
+
+    Of several processes any may get it: the coordination service, without the devices, picks a
+    step that none has passed yet, and there all are told to stop.
+    """
+    if hosts.several():
+        yield multihost_utils.reached_preemption_sync_point
+        return
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield lambda step: False
         return
     before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
     try:
-        yield asked
+        yield lambda step: asked.is_set()
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -220,7 +228,8 @@ def fit(
 
     Args:
       backbone: frozen model; where patterns name its parameters, they train from its values.
-      batches: called with a step, yields that step's batch and those after it.
+      batches: called with a step, yields that step's batch and those after it; of several
+        processes each yields its own rows (`partition.local_rows`). Read ahead, by a thread.
       prompt: initial prompt `[P, H]`, or None for no prompt.
       evaluate: `(parameters, step)` to figures; called every `eval_period` steps (0: never but at
         the end).
@@ -251,9 +260,10 @@ def fit(
                 f"for the backbone {backbone.name!r}"
             )
         place = partition.shardings(abstract(backbone.cfg, rows), backbone.mesh)[PROMPT]
-        params[PROMPT] = jax.device_put(np.asarray(prompt, np.float32), place)
+        params[PROMPT] = partition.place(np.asarray(prompt, np.float32), place)
         beside = _beside(prompt, deep, reparameterisation, backbone, seed)
-        params |= jax.device_put(beside, partition.replicated(backbone.mesh))
+        everywhere = partition.replicated(backbone.mesh)
+        params |= {name: partition.place(x, everywhere) for name, x in beside.items()}
     collapse = reparameterisation.collapse if reparameterisation else dict
     trained, fixed = tree.split(params, trainable, frozen)
     trained = {path: x.astype(jnp.float32) for path, x in trained.items()}
@@ -268,11 +278,14 @@ def fit(
         make_step(module, optimizer, seed, z_loss, label_smoothing, label_ids, reparameterisation),
         donate_argnums=0,
     )
-    rows_sharding = partition.batch_sharding(backbone.mesh)
     log = Logbook(model_dir, start)
     whole = any(not path.startswith("prompt/") for path in trained)
-    meter = throughput.Meter(backbone.cfg, 3 if whole else 2, backbone.mesh.size)
-    best_trained = _load_best(model_dir, best) if best["step"] else None
+    shards = backbone.mesh.shape["data"]
+    own = partition.local_rows(backbone.mesh, shards)
+    meter = throughput.Meter(
+        backbone.cfg, 3 if whole else 2, backbone.mesh.size, (own.stop - own.start) / shards
+    )
+    best_trained = hosts.shared(lambda: _load_best(model_dir, best)) if best["step"] else None
 
     def parameters() -> tree.Flat:
         return collapse({**fixed, **state["trainable"]})
@@ -282,7 +295,7 @@ def fit(
     kept = {*trained, *(prompts if any(k in trained for k in prompts) else ())}
 
     def trained_now() -> dict[str, np.ndarray]:
-        return {k: np.asarray(jax.device_get(x)) for k, x in parameters().items() if k in kept}
+        return {k: hosts.fetch(x) for k, x in parameters().items() if k in kept}
 
     def save_checkpoint() -> None:
         if model_dir is not None:
@@ -296,15 +309,18 @@ def fit(
         chosen = (best["step"], best_trained) if best_trained is not None else (step, now)
         return Result(step, now, chosen[1], chosen[0], best["metric"], best["metrics"], interrupted)
 
-    stream = batches(start)
-    with _termination() as termination:
+    def place(batch: Mapping[str, np.ndarray]) -> tuple[Mapping[str, np.ndarray], Any]:
+        return batch, partition.place_rows(batch, backbone.mesh)
+
+    with _termination() as asked, pipeline.Prefetch(batches(start), place) as stream:
         for step in range(start + 1, train_steps + 1):
             if patience and best["waited"] >= patience:
                 say(f"stopping early at step {step - 1}: no better figure since {best['step']}")
                 break
-            host_batch = dict(next(stream))
+            waited = stream.waited
+            host_batch, batch = stream.next(state["step"])
             meter.add(host_batch)
-            batch = jax.device_put(host_batch, rows_sharding)
+            meter.wait(stream.waited - waited)
             state = step_fn(state, fixed, batch)
             if step == start + 1:
                 jax.block_until_ready(state)
@@ -314,14 +330,15 @@ def fit(
             due_eval = evaluate and (last or (eval_period and step % eval_period == 0))
             due_log = last or step % log_period == 0
             due_save = last or (checkpoint_period and step % checkpoint_period == 0)
-            if due_log or due_eval or due_save or termination.is_set():
+            stop = asked(step)
+            if due_log or due_eval or due_save or stop:
                 _check_finite(state, save, model_dir, trained_now)
             if due_log:
                 loss = float(state["loss_sum"]) / max(float(state["count_sum"]), 1)
                 rates = meter.read()
                 log.progress(step, train_steps, loss, rates)
                 log.write("train", step, {"loss": loss, **rates})
-                zero = jax.device_put(np.float32(0), partition.replicated(backbone.mesh))
+                zero = partition.place(np.float32(0), partition.replicated(backbone.mesh))
                 state = {**state, "loss_sum": zero, "count_sum": jnp.copy(zero)}
             if due_eval:
                 figures = evaluate(parameters(), step)
@@ -343,11 +360,11 @@ def fit(
                     if better:
                         _save_best(model_dir, best_trained, best)
                         save(pathlib.Path(model_dir) / "prompts" / "best", best_trained, note)
-            if due_save or termination.is_set():
+            if due_save or stop:
                 save_checkpoint()
             if due_eval or due_save:
                 meter.restart()
-            if termination.is_set() and not last:
+            if stop and not last:
                 say(f"stopped by SIGTERM after step {step}; the same command goes on from here")
                 return finish(step, interrupted=True)
     step = int(state["step"])

@@ -8,9 +8,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from flax import traverse_util
+
+from softprompt import hosts
 
 Flat = dict[str, Any]
 
@@ -97,7 +98,7 @@ class Fingerprint:
         """Takes in the next parameter; paths must come sorted."""
         assert path > self._last, (path, self._last)
         self._last = path
-        x = np.ascontiguousarray(np.asarray(jax.device_get(value), np.float32))
+        x = np.ascontiguousarray(hosts.fetch(value).astype(np.float32, copy=False))
         self._digest.update(f"{path}{x.shape}".encode())
         self._digest.update(x.data)
 

@@ -145,7 +145,11 @@ def add_task(
     seqio.TaskRegistry.add(
         name,
         source=seqio.FunctionDataSource(dataset_of(examples, extras or {}), splits=tuple(splits)),
-        preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos_after_trim],
+        preprocessors=[
+            seqio.preprocessors.tokenize,
+            seqio.CacheDatasetPlaceholder(),
+            seqio.preprocessors.append_eos_after_trim,
+        ],
         output_features=FEATURES,
         metric_fns=list(metric_fns),
         postprocess_fn=postprocess_fn,

@@ -139,6 +139,81 @@ def test_a_label_beyond_the_vocabulary_is_still_itself(tmp_path, embedded, monke
     assert predictor.predict({}, judged)[0] == ["not_so", "so", "neither", "so"]
 
 
+def write_cache(folder, examples):
+    """A split's offline cache, in the layout that seqio's own cache job leaves."""
+    import tensorflow as tf
+
+    folder.mkdir(parents=True)
+    features = {}
+    with tf.io.TFRecordWriter(str(folder / "train.tfrecord-00000-of-00001")) as out:
+        for example in examples:
+            fields = {}
+            for name, value in example.items():
+                if isinstance(value, str):
+                    features[name] = {"shape": [], "dtype": "string"}
+                    held = tf.train.BytesList(value=[value.encode()])
+                    fields[name] = tf.train.Feature(bytes_list=held)
+                else:
+                    features[name] = {"shape": [None], "dtype": "int32"}
+                    fields[name] = tf.train.Feature(int64_list=tf.train.Int64List(value=value))
+            record = tf.train.Example(features=tf.train.Features(feature=fields))
+            out.write(record.SerializeToString())
+    info = {"num_shards": 1, "features": features, "seqio_version": "0.0.20"}
+    (folder / "info.train.json").write_text(json.dumps(info))
+    (folder / "stats.train.json").write_text(json.dumps({"examples": len(examples)}))
+    (folder / "COMPLETED").touch()
+
+
+@pytest.fixture
+def cached_task(tmp_path, monkeypatch, vocabulary):
+    """A task of one row, cached as another text than its file has."""
+    import seqio
+
+    from softprompt.tasks import features
+
+    features.use_vocabulary(vocabulary.path)
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps({"text": "from the file", "label": "no"}) + "\n")
+    user.register_task("cached_task", train_file=path, validation_file=path)
+    texts = {"inputs_pretokenized": "from the cache", "targets_pretokenized": "yes"}
+    tokens = {k.split("_")[0]: vocabulary.encode(v) for k, v in texts.items()}
+    write_cache(tmp_path / "caches" / "cached_task", [{**texts, **tokens}])
+    monkeypatch.setattr(seqio.utils, "_GLOBAL_CACHE_DIRECTORIES", [str(tmp_path / "caches")])
+    return seqio.get_mixture_or_task("cached_task")
+
+
+def test_seqios_offline_cache_takes_the_place_of_source_and_tokenisation(
+    cached_task, vocabulary, monkeypatch
+):
+    from softprompt import data
+    from softprompt.tasks import features
+
+    def source(*_, **__):
+        raise AssertionError("the source was read")
+
+    monkeypatch.setattr(type(cached_task.source), "get_dataset", source)
+    monkeypatch.setattr(features.BackboneVocabulary, "_encode_tf", source)
+    lengths = {"inputs": 16, "targets": 8}
+    examples = data.from_task(cached_task, "train", lengths)
+    expected = data.from_pairs([("from the cache", "yes")], vocabulary, lengths)
+    np.testing.assert_array_equal(examples.inputs[0], expected.inputs[0])
+    np.testing.assert_array_equal(examples.targets[0], expected.targets[0])
+    with pytest.raises(ValueError, match="of cached_task has no split 'validation'"):
+        data.from_task(cached_task, "validation", lengths)
+
+
+def test_a_cache_of_another_vocabulary_is_refused(cached_task):
+    from softprompt import data
+    from softprompt.tasks import features
+
+    features.use_vocabulary("bytes")
+    try:
+        with pytest.raises(ValueError, match="tokenised by another vocabulary"):
+            data.from_task(cached_task, "train", {"inputs": 16, "targets": 8})
+    finally:
+        features.use_vocabulary(None)
+
+
 def test_an_unknown_task_suggests_near_ones():
     from softprompt import data
     from softprompt.tasks import registry  # noqa: F401

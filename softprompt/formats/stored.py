@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import ml_dtypes
 import numpy as np
 
+from softprompt import hosts
 from softprompt.t5 import T5Config
 from softprompt.vocabulary import AnyVocabulary
 
@@ -48,7 +48,7 @@ class Stored:
         """Parameters in memory, to be written."""
         shapes = {path: tuple(x.shape) for path, x in params.items()}
         return cls(
-            name, name, cfg, shapes, lambda path: jax.device_get(params[path]), vocabulary,
+            name, name, cfg, shapes, lambda path: hosts.fetch(params[path]), vocabulary,
             metadata=metadata or {},
         )  # fmt: skip
 
