@@ -116,6 +116,18 @@ def parser() -> argparse.ArgumentParser:
     inspect.add_argument("path", help="a prompt or a backbone in any format, or 'embedded'")
     inspect.add_argument("--backbone", help="show a prompt's nearest tokens in this backbone")
     inspect.add_argument("--neighbours", type=int, default=5, help="tokens per vector")
+    analyse = commands.add_parser(
+        "analyse",
+        aliases=["analyze"],
+        help="nearest tokens, clusters, drift, similarity of prompts",
+    )
+    analyse.add_argument("paths", nargs="+", metavar="PROMPT", help="prompts, or folders of runs")
+    analyse.add_argument("--backbone", help="look for nearest tokens in this backbone")
+    analyse.add_argument("--output_dir", default="softprompt_analysis")
+    analyse.add_argument("--neighbours", type=int, default=5, help="tokens per vector")
+    analyse.add_argument("--metric", choices=("cosine", "euclidean"), default="cosine")
+    analyse.add_argument("--labels", help="class labels to look for, separated by commas")
+    analyse.add_argument("--initial", metavar="PROMPT", help="what drift is measured from")
     convert = commands.add_parser("convert", help="write a backbone or prompt in another format")
     convert.add_argument("source", help="a path, a gs:// URL, or a Hugging Face hub name")
     convert.add_argument("output", help="where to write; must not exist")
@@ -125,7 +137,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     convert.add_argument("--dtype", choices=("float32", "bfloat16", "int8"), help="of the weights")
     convert.add_argument("--backbone", help="of a prompt: its name and fingerprint are recorded")
-    for command in (inspect, convert):
+    for command in (inspect, analyse, convert):
         command.add_argument(
             "--vocabulary_file", help="a SentencePiece model or 'bytes', where the source has none"
         )
@@ -218,6 +230,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             vocabulary.train(args.inputs, args.output, args.size, args.sentences)
             print(f"{args.size} pieces in {args.output}")
+            return 0
+        if args.command in ("analyse", "analyze"):
+            from softprompt import portrait
+
+            labels = args.labels.split(",") if args.labels else None
+            found = portrait.run(
+                args.paths, args.backbone, args.output_dir, args.vocabulary_file,
+                args.neighbours, args.metric, labels, args.initial,
+            )  # fmt: skip
+            print("\n".join(found))
             return 0
         from softprompt import convert
 

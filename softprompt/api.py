@@ -209,7 +209,8 @@ def tune(
     }
 
     def save(path: pathlib.Path, trained: dict[str, np.ndarray], note: dict[str, Any]) -> None:
-        prompts.save(f"{path}.safetensors", trained[train.PROMPT], {**about, **note})
+        note = {**about, "class_labels": labels and list(labels), **note}
+        prompts.save(f"{path}.safetensors", trained[train.PROMPT], note)
 
     result = train.fit(
         backbone,

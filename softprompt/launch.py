@@ -292,9 +292,13 @@ def train(
 
     def save(path: pathlib.Path, trained: dict[str, np.ndarray], note: dict[str, Any]) -> None:
         if training.PROMPT in trained:
-            prompt.save(f"{path}.safetensors", trained[training.PROMPT], {**about, **note})
+            # Labels given for the initialisation come before the task's own.
+            labels = config.macros().get("CLASS_LABELS") or class_labels[0]
+            note = {**about, "class_labels": labels, **note}
+            prompt.save(f"{path}.safetensors", trained[training.PROMPT], note)
 
-    _write_run_files(folder, backbone, about)
+    task_labels = {task.name: own for (task, _), own in zip(tasks, class_labels, strict=True)}
+    _write_run_files(folder, backbone, {**about, "labels": task_labels})
     count = tree.count({k: v for k, v in backbone.params.items()})
     say(
         f"backbone {backbone.name} ({count / 1e6:.1f}M parameters, fingerprint "

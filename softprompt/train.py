@@ -220,6 +220,10 @@ def fit(
         state, best = restored[0], restored[1]["best"]
         _check_identity(restored[1]["identity"], dict(identity or {}), model_dir)
         say(f"resuming from step {int(state['step'])} of {model_dir}")
+    elif model_dir is not None and save and prompt is not None:
+        # What drift is measured from: see `analysis`.
+        start_of = pathlib.Path(model_dir) / "prompts" / "initial"
+        save(start_of, {PROMPT: np.asarray(prompt, np.float32)}, {"step": 0})
     start = int(state["step"])
     step_fn = jax.jit(
         make_step(module, optimizer, seed, z_loss, label_smoothing, label_ids), donate_argnums=0
