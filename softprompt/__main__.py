@@ -210,6 +210,12 @@ def _user_data(args: argparse.Namespace) -> list[tuple[str, str]]:
     return bindings
 
 
+def _clear_bar() -> None:
+    """Takes away a progress bar that something interrupted."""
+    if "softprompt.logbook" in sys.modules:
+        sys.modules["softprompt.logbook"].clear()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; a user's mistake is one sentence on standard error and exit code 2."""
     _quiet()
@@ -250,9 +256,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("\n".join(convert.inspect(**options)))
         return 0
     except ValueError as error:
+        _clear_bar()
         print(f"softprompt: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
+        _clear_bar()
         print("softprompt: interrupted", file=sys.stderr)
         return 130
 

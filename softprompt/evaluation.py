@@ -14,6 +14,7 @@ import numpy as np
 
 from softprompt import checkpoint, data, decode, losses, partition, tree
 from softprompt.backbone import Backbone
+from softprompt.logbook import track
 from softprompt.prompted import PromptedT5, slots
 from softprompt.vocabulary import EOS_ID, Vocabulary
 
@@ -199,7 +200,9 @@ class Predictor:
         self._rows = partition.batch_sharding(backbone.mesh)
 
     def _batches(self, examples: data.Examples):
-        for indices, batch in data.eval_batches(examples, self.batch_size, self.slots):
+        batches = data.eval_batches(examples, self.batch_size, self.slots)
+        total = -(-len(examples) // self.batch_size)
+        for indices, batch in track(batches, f"{examples.name}: predicting", "batches", total):
             yield indices, jax.device_put(batch, self._rows)
 
     def generate(self, flat: tree.Flat, examples: data.Examples) -> list[str]:

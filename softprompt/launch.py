@@ -32,7 +32,7 @@ from softprompt import (
 from softprompt import train as training
 from softprompt.backbone import Backbone
 from softprompt.formats import Stored, native
-from softprompt.logbook import duration, say, size
+from softprompt.logbook import Progress, duration, say, size, track
 from softprompt.vocabulary import AnyVocabulary, open_vocabulary
 
 Path = str | os.PathLike
@@ -540,7 +540,7 @@ def infer(
 
     lengths = task_feature_lengths or {"inputs": 512, "targets": 64}
     _check_settings(dtype, lengths, BATCH_SIZE=(batch_size, 1), BEAMS=(beams, 1), TOP_K=(top_k, 0))
-    rows = list(records.read(input_file))
+    rows = list(track(records.read(input_file), f"reading {input_file}", "rows"))
     texts = [records.fill(template, row) for row in rows]
     backbone = backbones.load(
         initial_checkpoint_path, dtype, mesh=mesh(), vocabulary_file=vocabulary_file
@@ -564,7 +564,7 @@ def infer(
     if done:
         say(f"going on after {done} rows of {partial}")
     partial.parent.mkdir(parents=True, exist_ok=True)
-    began, first = time.monotonic(), done
+    progress = Progress("predicting", len(rows), "rows", every=0, start=done)
     with open(partial, "a", encoding="utf-8") as out:
         while done < len(rows):
             chunk = slice(done, done + INFER_CHUNK)
@@ -579,9 +579,7 @@ def infer(
                 out.write("\n")
             out.flush()
             done += len(predictions)
-            rate = (done - first) / (time.monotonic() - began)
-            left = duration((len(rows) - done) / rate)
-            say(f"{done}/{len(rows)} rows  {rate:.1f} rows/s  {left} left")
+            progress.update(done)
     os.replace(partial, output_file)
     say(f"{len(rows)} predictions in {output_file}")
     return len(rows)

@@ -13,6 +13,8 @@ from softprompt import analysis, checkpoint
 
 # Tokens are written beside positions up to this length.
 NAMED_POSITIONS = 40
+# Prompts that get a row of their own in the picture; the similarities show all.
+ROWS = 12
 
 
 def run(
@@ -98,7 +100,7 @@ def draw(found: Sequence[analysis.Named], facts: Mapping[str, Any]) -> bytes:
     import matplotlib.pyplot as plt
 
     several = len(found) > 1
-    rows = len(found) + several
+    rows = min(len(found), ROWS) + several
     figure, axes = plt.subplots(
         rows, 3, figsize=(15, 4.4 * rows), layout="constrained", squeeze=False
     )
@@ -110,7 +112,7 @@ def draw(found: Sequence[analysis.Named], facts: Mapping[str, Any]) -> bytes:
         }
         for ax, (kind, title) in zip(axes[0], titles.items(), strict=True):
             _heatmap(figure, ax, facts["similarity"], kind, title)
-    for own, prompt, entry in zip(axes[several:], found, facts["prompts"], strict=True):
+    for own, prompt, entry in zip(axes[several:], found, facts["prompts"], strict=False):
         _cosines(figure, own[0], prompt)
         _by_position(own[1], prompt, entry)
         _nearest(own[2], entry, facts["metric"])
@@ -143,6 +145,7 @@ def _cosines(figure, ax, prompt: analysis.Named) -> None:
     rows = analysis.unit(prompt.array)
     image = ax.imshow(rows @ rows.T, vmin=-1, vmax=1, cmap="RdBu_r")
     ax.set(title=f"{_plain(prompt.name)}: cosines between positions", xlabel="position")
+    ax.yaxis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, ax=ax, shrink=0.8)
 
 

@@ -269,6 +269,10 @@ def fit(
             due_save = last or (checkpoint_period and step % checkpoint_period == 0)
             if due_log or due_eval or due_save or termination.is_set():
                 _check_finite(state, save, model_dir, trained_now)
+            elif log.due():
+                # Steps are only asked for here: let the bar tell of those that are done.
+                jax.block_until_ready(state["step"])
+                log.tick(step, train_steps)
             if due_log:
                 loss = float(state["loss_sum"]) / max(float(state["count_sum"]), 1)
                 rates = meter.read()
