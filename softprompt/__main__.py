@@ -128,6 +128,11 @@ def parser() -> argparse.ArgumentParser:
     analyse.add_argument("--metric", choices=("cosine", "euclidean"), default="cosine")
     analyse.add_argument("--labels", help="class labels to look for, separated by commas")
     analyse.add_argument("--initial", metavar="PROMPT", help="what drift is measured from")
+    report = commands.add_parser(
+        "report", help="write report.html for the folder of a run or sweep"
+    )
+    report.add_argument("folder", metavar="FOLDER")
+    report.add_argument("--backbone", help="look for the prompt's nearest tokens in this backbone")
     convert = commands.add_parser("convert", help="write a backbone or prompt in another format")
     convert.add_argument("source", help="a path, a gs:// URL, or a Hugging Face hub name")
     convert.add_argument("output", help="where to write; must not exist")
@@ -137,7 +142,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     convert.add_argument("--dtype", choices=("float32", "bfloat16", "int8"), help="of the weights")
     convert.add_argument("--backbone", help="of a prompt: its name and fingerprint are recorded")
-    for command in (inspect, analyse, convert):
+    for command in (inspect, analyse, report, convert):
         command.add_argument(
             "--vocabulary_file", help="a SentencePiece model or 'bytes', where the source has none"
         )
@@ -246,6 +251,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 args.neighbours, args.metric, labels, args.initial,
             )  # fmt: skip
             print("\n".join(found))
+            return 0
+        if args.command == "report":
+            from softprompt import report
+
+            print(f"{report.run(args.folder, args.backbone, args.vocabulary_file)} written")
             return 0
         from softprompt import convert
 
