@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 from softprompt import backbone as backbones
-from softprompt import data, evaluation, optim, partition, prompted, train
+from softprompt import data, evaluation, optim, partition, prompted, report, train
 from softprompt import prompt as prompts
 from softprompt.backbone import Backbone
 from softprompt.tree import Flat
@@ -229,6 +229,8 @@ def tune(
         seed=seed,
         label_ids=label_ids,
     )
+    if model_dir is not None and not result.interrupted:
+        report.attempt(model_dir, backbone)
     note = {"step": result.best_step, "metrics": result.metrics}
     return Prompt(result.best[train.PROMPT], {**about, **note})
 

@@ -27,6 +27,7 @@ from softprompt import (
     partition,
     prompt,
     prompted,
+    report,
     tree,
 )
 from softprompt import train as training
@@ -345,6 +346,8 @@ def train(
         note = {"step": result.best_step, "metrics": result.metrics}
         print_name = save_backbone(out, {**backbone.params, **result.best}, note)
         say(f"tuned backbone of step {result.best_step}: {out} (fingerprint {print_name})")
+    if written := report.attempt(folder, backbone):
+        say(f"report: {written}")
     return result
 
 
@@ -357,7 +360,7 @@ def _write_run_files(folder: pathlib.Path, backbone: Backbone, about: Mapping[st
     checkpoint.write_atomically(folder / "config.gin", config.operative().encode())
     facts = {
         **about,
-        "command": sys.argv,
+        **invocation(),
         "versions": versions(),
         "commit": _commit(),
         "devices": [str(d) for d in jax.devices()],
@@ -365,6 +368,13 @@ def _write_run_files(folder: pathlib.Path, backbone: Backbone, about: Mapping[st
         "mesh": dict(backbone.mesh.shape),
     }
     checkpoint.write_atomically(folder / "run.json", json.dumps(facts, indent=2).encode())
+
+
+def invocation() -> dict[str, Any]:
+    """The command of this process, the folder it was given in, and variables that bear on it."""
+    names = ("SOFTPROMPT_DATA_DIR", "JAX_PLATFORMS", "XLA_FLAGS", "CUDA_VISIBLE_DEVICES")
+    variables = {name: os.environ[name] for name in names if name in os.environ}
+    return {"command": sys.argv, "directory": os.getcwd(), "variables": variables}
 
 
 def versions() -> dict[str, str]:
@@ -434,7 +444,8 @@ def eval(
         backbone, length, eval_mode, batch_size, task_feature_lengths["targets"], beams
     )
     figures = evaluation.evaluate(predictor, flat, tasks, eval_output_dir)
-    _report(mixture_or_task_name, split, figures, eval_output_dir)
+    labels = {task.name: task.labels for task in tasks}
+    _report(mixture_or_task_name, split, figures, eval_output_dir, backbone, labels)
     return figures
 
 
@@ -495,18 +506,31 @@ def baseline(
         if eval_output_dir is not None:
             path = pathlib.Path(eval_output_dir) / "predictions" / f"{task.name}.jsonl"
             evaluation.write_predictions(path, task, predictions, scores)
-    _report(mixture_or_task_name, split, figures, eval_output_dir, method=method)
+    labels = {source.name: evaluation.label_classes(source) for source, _ in found}
+    _report(mixture_or_task_name, split, figures, eval_output_dir, backbone, labels, method=method)
     return figures
 
 
 def _report(
-    name: str, split: str, figures: Mapping[str, float], folder: Path | None, **note: Any
+    name: str,
+    split: str,
+    figures: Mapping[str, float],
+    folder: Path | None,
+    backbone: Backbone,
+    labels: Mapping[str, Sequence[str] | None],
+    **note: Any,
 ) -> None:
-    """Prints figures as JSON, and keeps them in `<folder>/<name>.json`."""
-    say(json.dumps({"task": name, "split": split, **note, **figures}))
-    if folder is not None:
-        path = pathlib.Path(folder) / f"{name}.json"
-        checkpoint.write_atomically(path, json.dumps(figures, indent=2).encode())
+    """Prints figures as JSON, and keeps them in `<folder>/<name>.json` and a report."""
+    said = {"task": name, "split": split, **note}
+    say(json.dumps({**said, **figures}))
+    if folder is None:
+        return
+    folder = pathlib.Path(folder)
+    checkpoint.write_atomically(folder / f"{name}.json", json.dumps(figures, indent=2).encode())
+    if not (folder / "train.jsonl").exists():  # A training run's own facts stay.
+        of = {"backbone": backbone.name, "backbone_fingerprint": backbone.fingerprint}
+        _write_run_files(folder, backbone, {**of, **said, "labels": labels})
+    report.attempt(folder)
 
 
 INFER_CHUNK = 512

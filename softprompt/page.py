@@ -323,7 +323,8 @@ thead th{{color:var(--soft);font-weight:600;white-space:nowrap}}tbody th{{font-w
 .matrix .hit{{background:color-mix(in srgb,var(--c0) var(--share),transparent)}}
 .matrix .miss{{background:color-mix(in srgb,var(--c1) var(--share),transparent)}}
 .good{{color:var(--good)}}.bad{{color:var(--bad)}}
-.tokens{{min-width:17rem}}.tokens span{{display:inline-block;background:var(--code);border-radius:.3rem;padding:0 .4rem;
+.tokens{{min-width:17rem}}
+.tokens span{{display:inline-block;background:var(--code);border-radius:.3rem;padding:0 .4rem;
 margin:.08rem .25rem .08rem 0;white-space:nowrap}}
 .tokens small{{color:var(--soft);margin-left:.3rem}}
 .terms td{{font-family:ui-monospace,Menlo,Consolas,monospace;font-size:.85rem}}

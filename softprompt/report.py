@@ -32,8 +32,8 @@ CLASSES = 30
 RATES = ("loss", "tokens_per_second", "mfu")
 
 
-def attempt(folder: str | os.PathLike, backbone: Backbone | None = None) -> None:
-    """Writes the report of a run that is over; if that fails, one sentence says so.
+def attempt(folder: str | os.PathLike, backbone: Backbone | None = None) -> pathlib.Path | None:
+    """Writes the report of a run that is over and returns its path; if that fails, says why.
 
     What was computed is worth more than its report: nothing that goes wrong here ends a run.
     """
@@ -41,10 +41,11 @@ def attempt(folder: str | os.PathLike, backbone: Backbone | None = None) -> None
         words = None
         if backbone is not None and backbone.vocabulary is not None:
             words = analysis.words_in(backbone)
-        write(folder, words)
+        return write(folder, words)
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         say(f"{pathlib.Path(folder) / NAME} could not be written: {reason}")
+        return None
 
 
 def run(
@@ -130,6 +131,7 @@ def _run_page(found: Run) -> str:
         charts = [
             page.chart(series, title, "step", unit, mark=mark if title == "Evaluation" else None)
             for title, series, unit in _curves(found)
+            if any(series.values())
         ]
         sections["Learning curves"] = page.join(tag("div", *charts, class_="charts"), _rates(found))
     if found.evaluations:

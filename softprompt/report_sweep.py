@@ -5,7 +5,6 @@ import json
 import pathlib
 import re
 import urllib.parse
-from collections.abc import Mapping
 from typing import Any
 
 from softprompt import page
@@ -33,9 +32,9 @@ def sweep_page(folder: pathlib.Path) -> str:
     sections = {
         "Scores": _sweep_table(cells, lines, points, columns, axis),
         "Plot": _sweep_plot(cells, lines, points, columns, axis, facts.get("title") or "Score"),
-        "Runs": _sweep_runs(folder, results, facts.get("folders") or {}),
+        "Runs": _sweep_runs(folder, results),
     }
-    if line := command_line(facts, folder):
+    if line := command_line(facts):
         sections["Reproduce"] = tag("pre", line, class_="wrap")
     shown = {k: facts[k] for k in ("versions", "commit", "platform", "devices") if facts.get(k)}
     if shown:
@@ -86,7 +85,7 @@ def _sweep_plot(cells, lines, points, columns, axis: str, title: str) -> Html:
     return tag("div", drawn, class_="charts")
 
 
-def _sweep_runs(folder: pathlib.Path, results, folders: Mapping[str, str]) -> Html:
+def _sweep_runs(folder: pathlib.Path, results) -> Html:
     named, rows = any(row["line"] for row in results), []
     for row in results:
         names = [re.sub(r"[^\w.+-]+", "_", row[k]) for k in ("line", "point", "task") if row[k]]

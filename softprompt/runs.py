@@ -152,10 +152,10 @@ def _predictions(
     return found
 
 
-def command_line(facts: Mapping[str, Any], folder: str | os.PathLike) -> str | None:
-    """The command that made a run, quoted for a shell, in its directory; None if unknown.
+def command_line(facts: Mapping[str, Any], folder: str | os.PathLike | None = None) -> str | None:
+    """The command of run.json, quoted for a shell, in its directory; None if there is none.
 
-    A run that was one of a sweep is made alone from its own configuration.
+    With `folder`, a run that was one of a sweep is made alone, from its own configuration there.
     """
     command = facts.get("command")
     if not command:
@@ -164,7 +164,7 @@ def command_line(facts: Mapping[str, Any], folder: str | os.PathLike) -> str | N
     name = pathlib.PurePath(program).name
     if name == "__main__.py" and pathlib.PurePath(program).parent.name == "softprompt":
         name = "softprompt"
-    if name == "softprompt" and arguments[:1] == ["sweep"]:
+    if folder is not None and name == "softprompt" and arguments[:1] == ["sweep"]:
         binary = "baseline" if "method" in facts else "train"
         config = os.path.abspath(pathlib.Path(folder) / "config.gin")
         arguments = [binary, f"--gin_file={config}", *_data_flags(arguments)]
