@@ -299,7 +299,7 @@ padding:.6rem .9rem}}
 dt{{color:var(--soft);font-size:.85rem}}dd{{margin:0;font-size:1.3rem;font-weight:600;line-height:1.3}}
 dd small{{font-size:.85rem;font-weight:400;color:var(--soft);display:block}}
 .charts{{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,21rem),1fr));gap:1rem}}
-figure{{margin:0;min-width:0}}figcaption{{font-weight:600}}
+figure{{margin:0;min-width:0;max-width:38rem}}figcaption{{font-weight:600}}
 figcaption small{{font-weight:400;color:var(--soft);margin-left:.5rem}}
 svg{{width:100%;height:auto;display:block}}svg text{{fill:var(--soft);font-size:12px}}
 .grid line{{stroke:var(--edge)}}.mark{{stroke:var(--soft);stroke-dasharray:3 3}}

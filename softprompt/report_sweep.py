@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import pathlib
 import re
 import urllib.parse
@@ -12,6 +13,7 @@ from softprompt.page import Html, tag
 from softprompt.runs import command_line, json_object
 
 REPORT = "report.html"
+FILES = ("table.md", "results.csv", "summary.csv", "plot.png")
 
 
 def _csv(path: pathlib.Path) -> list[dict[str, str]]:
@@ -34,6 +36,11 @@ def sweep_page(folder: pathlib.Path) -> str:
         "Plot": _sweep_plot(cells, lines, points, columns, axis, facts.get("title") or "Score"),
         "Runs": _sweep_runs(folder, results),
     }
+    files = [n for n in FILES if (folder / n).is_file()]
+    links = [tag("li", tag("a", name, href=name)) for name in files]
+    sections["Runs"] = page.join(
+        sections["Runs"], tag("p", "Also in this folder:"), tag("ul", *links)
+    )
     if line := command_line(facts):
         sections["Reproduce"] = tag("pre", line, class_="wrap")
     shown = {k: facts[k] for k in ("versions", "commit", "platform", "devices") if facts.get(k)}
@@ -48,10 +55,10 @@ def sweep_page(folder: pathlib.Path) -> str:
 
 
 def _sweep_table(cells, lines, points, columns, axis: str) -> Html:
-    best = {
-        task: max((float(r["mean"]) for (_, _, t), r in cells.items() if t == task), default=None)
-        for task in columns
-    }
+    best: dict[str, float] = {}
+    for (_, _, task), cell in cells.items():
+        if not math.isnan(mean := float(cell["mean"])):
+            best[task] = max(mean, best.get(task, mean))
     named, rows = any(lines), []
     for line in lines:
         for point in points:
@@ -61,8 +68,8 @@ def _sweep_table(cells, lines, points, columns, axis: str) -> Html:
                 text = "–"
                 if cell is not None:
                     mean, spread = float(cell["mean"]), float(cell["standard_deviation"])
-                    text = f"{mean:.1f} ± {spread:.1f}"
-                    if mean == best[task] and len(cells) > len(columns):
+                    text = "diverged" if math.isnan(mean) else f"{mean:.1f}\u00a0±\u00a0{spread:.1f}"
+                    if mean == best.get(task) and len(cells) > len(columns):
                         text = tag("strong", text)
                 row.append(text)
             rows.append(row)
