@@ -188,10 +188,11 @@ def chart(
         drawn.append(tag("g", tag("title", mark[1]), line))
     for number, (name, line) in enumerate(series.items()):
         drawn.append(_line(name, number % SERIES, line, x_at, y_at, places))
+    known = {name: [y for _, y, _ in line if math.isfinite(y)] for name, line in series.items()}
     said = f"{title}. " + " ".join(
-        f"{name}: {_short(line[0][1])} at the start, {_short(line[-1][1])} at the end."
-        for name, line in series.items()
-        if line
+        f"{name}: {_short(values[0])} at the start, {_short(values[-1])} at the end."
+        for name, values in known.items()
+        if values
     )
     picture = tag(
         "svg", *drawn, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=said,

@@ -127,7 +127,11 @@ def _run_page(found: Run) -> str:
     facts = found.facts
     sections: dict[str, Html] = {}
     if found.train or any("step" in row for row in found.evaluations):
-        mark = None if found.best_step is None else (float(found.best_step), "chosen step")
+        mark = (
+            None
+            if found.weights.best_step is None
+            else (float(found.weights.best_step), "chosen step")
+        )
         charts = [
             page.chart(series, title, "step", unit, mark=mark if title == "Evaluation" else None)
             for title, series, unit in _curves(found)
@@ -158,7 +162,7 @@ def _run_page(found: Run) -> str:
 
 def _chosen(found: Run) -> Mapping[str, float]:
     """The figures of the best step, or the last ones."""
-    best = [row for row in found.evaluations if row.get("step") == found.best_step]
+    best = [row for row in found.evaluations if row.get("step") == found.weights.best_step]
     return (best or found.evaluations or [{}])[-1]
 
 
@@ -174,10 +178,10 @@ def _figures(found: Run) -> Html:
         last = found.train[-1]
         note = tag("small", f"at step {last['step']:,}")
         shown["training loss"] = page.join(f"{last['loss']:.4g}", note)
-    if found.trained is not None:
-        shown["trained parameters"] = f"{found.trained:,}"
-    if found.stored is not None:
-        shown["stored for the task"] = size(found.stored)
+    if found.weights.trained is not None:
+        shown["trained parameters"] = f"{found.weights.trained:,}"
+    if found.weights.stored is not None:
+        shown["stored for the task"] = size(found.weights.stored)
     return page.facts(shown)
 
 

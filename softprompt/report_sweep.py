@@ -9,8 +9,9 @@ import urllib.parse
 from typing import Any
 
 from softprompt import page
+from softprompt.logbook import size
 from softprompt.page import Html, tag
-from softprompt.runs import command_line, json_object
+from softprompt.runs import command_line, json_object, read_weights
 
 REPORT = "report.html"
 FILES = ("table.md", "results.csv", "summary.csv", "plot.png")
@@ -68,7 +69,9 @@ def _sweep_table(cells, lines, points, columns, axis: str) -> Html:
                 text = "–"
                 if cell is not None:
                     mean, spread = float(cell["mean"]), float(cell["standard_deviation"])
-                    text = "diverged" if math.isnan(mean) else f"{mean:.1f}\u00a0±\u00a0{spread:.1f}"
+                    text = (
+                        "diverged" if math.isnan(mean) else f"{mean:.1f}\u00a0±\u00a0{spread:.1f}"
+                    )
                     if mean == best.get(task) and len(cells) > len(columns):
                         text = tag("strong", text)
                 row.append(text)
@@ -100,11 +103,13 @@ def _sweep_runs(folder: pathlib.Path, results) -> Html:
         title: Any = row["point"]
         if (folder / place / REPORT).is_file():
             title = tag("a", title, href=urllib.parse.quote(str(place / REPORT)))
-        figures = json.loads(row["figures"])
+        weights, figures = read_weights(folder / place), json.loads(row["figures"])
         told = "  ".join(f"{k} {v:,.4g}" for k, v in figures.items()) or "diverged"
         rows.append(
             (title, *([row["line"]] if named else []), row["task"], row["seed"],
-             float(row["score"]), told, float(row["seconds"]))
+             float(row["score"]), told, float(row["seconds"]), weights.trained or "–",
+             size(weights.stored) if weights.stored else "–")
         )  # fmt: skip
     header = ["point", *(["line"] if named else []), "task", "seed", "score", "figures", "seconds"]
+    header += ["trained parameters", "stored"]
     return page.table(header, rows, "runs")

@@ -24,6 +24,21 @@ class Predictions:
 
 
 @dataclasses.dataclass(frozen=True)
+class Weights:
+    """What a run trained, None for what its folder does not tell.
+
+    Attributes:
+      best_step: the step that was chosen.
+      trained: number of parameters that were trained.
+      stored: bytes of the file that the run is kept for, its prompt or its backbone.
+    """
+
+    best_step: int | None = None
+    trained: int | None = None
+    stored: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
     """What the folder of a run (training, evaluation or baseline) holds.
 
@@ -31,9 +46,7 @@ class Run:
       facts: run.json or, where a Python call left none, what the best prompt says of itself.
       config: the operative gin configuration.
       train, evaluations: figures by step.
-      best_step: the step that was chosen, None where none was.
-      trained: parameters that were trained, None where nothing was.
-      stored: bytes of what the run is kept for.
+      weights: what was trained.
       portrait: what `analysis.analyse` says of the best prompt.
     """
 
@@ -42,9 +55,7 @@ class Run:
     config: str
     train: Sequence[Mapping[str, float]]
     evaluations: Sequence[Mapping[str, float]]
-    best_step: int | None
-    trained: int | None
-    stored: int | None
+    weights: Weights
     predictions: Sequence[Predictions]
     portrait: Mapping[str, Any] | None
 
@@ -86,18 +97,7 @@ def read(folder: pathlib.Path, words: analysis.Words | None = None) -> Run:
     facts = json_object(folder / "run.json")
     if not facts and portrait:
         facts = dict(portrait["prompts"][0]["metadata"])
-    best_step, trained, stored = None, None, None
-    best = folder / "checkpoints" / "best.safetensors"
-    if best.is_file():
-        arrays = checkpoint.Arrays(best)
-        best_step = arrays.metadata["best"]["step"]
-        trained = sum(math.prod(shape) for shape in arrays.shapes.values())
-    elif portrait:
-        best_step = portrait["prompts"][0]["metadata"].get("step")
-        trained = math.prod(portrait["prompts"][0]["shape"])
-    kept = [folder / "prompts" / "best.safetensors", folder / "backbone" / "model.safetensors"]
-    if there := [p.stat().st_size for p in kept if p.is_file()]:
-        stored = sum(there)
+    weights = read_weights(folder)
     if not trains and facts.get("task"):
         # An evaluation leaves its figures without a step.
         figures = json_object(folder / f"{facts['task']}.json")
@@ -109,12 +109,26 @@ def read(folder: pathlib.Path, words: analysis.Words | None = None) -> Run:
         config.read_text(encoding="utf-8") if config.is_file() else "",
         train,
         evaluations,
-        best_step,
-        trained,
-        stored,
-        _predictions(files, trains, best_step, facts.get("labels") or {}),
+        weights,
+        _predictions(files, trains, weights.best_step, facts.get("labels") or {}),
         portrait,
     )
+
+
+def read_weights(folder: pathlib.Path) -> Weights:
+    """What the run in a folder trained, by the headers of its files."""
+    best = folder / "checkpoints" / "best.safetensors"
+    prompt = folder / "prompts" / "best.safetensors"
+    step = arrays = None
+    if best.is_file():
+        arrays = checkpoint.Arrays(best)
+        step = arrays.metadata["best"]["step"]
+    elif prompt.is_file():
+        arrays = checkpoint.Arrays(prompt)
+        step = arrays.metadata.get("step")
+    trained = arrays and sum(math.prod(shape) for shape in arrays.shapes.values())
+    kept = [p for p in (prompt, folder / "backbone" / "model.safetensors") if p.is_file()]
+    return Weights(step, trained, sum(p.stat().st_size for p in kept) if kept else None)
 
 
 def _portrait(folder: pathlib.Path, words: analysis.Words | None) -> dict[str, Any] | None:
