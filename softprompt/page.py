@@ -103,6 +103,10 @@ def facts(pairs: Mapping[str, Any]) -> Html:
     )
 
 
+# Per cent of colour in a cell of a confusion matrix that holds its whole row.
+SHADE = 45
+
+
 def matrix(names: Sequence[str], counts: Sequence[Sequence[int]], rows: Sequence[str]) -> Html:
     """A confusion matrix: a row per target, a column per prediction, shaded by the row's share."""
     head = tag(
@@ -115,7 +119,7 @@ def matrix(names: Sequence[str], counts: Sequence[Sequence[int]], rows: Sequence
             tag(
                 "td",
                 f"{n:,}",
-                style=f"--share:{round(55 * n / total)}%",
+                style=f"--share:{round(SHADE * n / total)}%",
                 class_="hit" if name == names[j] else "miss",
             )
             for j, n in enumerate(row)
@@ -315,6 +319,7 @@ margin-right:.4rem;vertical-align:middle}}
 table{{border-collapse:collapse;font-size:.92rem;min-width:min(100%,20rem)}}
 th,td{{text-align:left;padding:.32rem .7rem;border-bottom:1px solid var(--edge);vertical-align:top;
 overflow-wrap:break-word}}
+td{{white-space:nowrap}}.texts td,.terms td,.tokens{{white-space:normal}}
 thead th{{color:var(--soft);font-weight:600;white-space:nowrap}}tbody th{{font-weight:500}}
 .number{{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}}
 .texts{{width:100%}}.texts tbody th{{min-width:15rem;font-weight:400;white-space:pre-wrap}}
@@ -336,7 +341,8 @@ summary{{cursor:pointer;font-weight:600;padding:.25rem 0}}
 footer{{color:var(--soft);font-size:.85rem;max-width:66rem;margin:0 auto;padding:0 1rem 1.5rem}}
 @media (max-width:34rem){{section{{padding:.9rem .8rem}}main,header{{padding-left:.6rem;
 padding-right:.6rem}}th,td{{padding:.3rem .5rem}}.facts{{grid-template-columns:1fr 1fr}}
-h1{{font-size:1.35rem}}dd{{font-size:1.1rem}}.texts tbody th{{min-width:12rem}}}}
+h1{{font-size:1.35rem}}dd{{font-size:1.1rem}}.texts tbody th{{min-width:12rem}}
+.tokens{{min-width:15rem}}}}
 @media print{{body{{background:none}}section{{break-inside:avoid}}}}
 """
 

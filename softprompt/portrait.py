@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pathlib
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -94,16 +95,13 @@ def draw(found: Sequence[analysis.Named], facts: Mapping[str, Any]) -> bytes:
     A row holds the cosines between the prompt's positions, and by position the vectors' norms, the
     drift from the initial prompt and the cosine with the nearest token, as far as they are known.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     several = len(found) > 1
     rows = min(len(found), ROWS) + several
-    figure, axes = plt.subplots(
-        rows, 3, figsize=(15, 4.4 * rows), layout="constrained", squeeze=False
-    )
+    # Without pyplot: a notebook keeps its own way to show figures.
+    figure = Figure(figsize=(15, 4.4 * rows), layout="constrained")
+    axes = figure.subplots(rows, 3, squeeze=False)
     if several:
         titles = {
             "mean_prompt": "cosine of the mean vectors",
@@ -117,8 +115,10 @@ def draw(found: Sequence[analysis.Named], facts: Mapping[str, Any]) -> bytes:
         _by_position(own[1], prompt, entry)
         _nearest(own[2], entry, facts["metric"])
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=110)
-    plt.close(figure)
+    with warnings.catch_warnings():
+        # A token in a script that the font lacks is drawn as a box.
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure.savefig(content, format="png", dpi=110)
     return content.getvalue()
 
 

@@ -103,23 +103,20 @@ def _curves(found: Run) -> list[Curve]:
 
 
 def _png(curves: Sequence[Curve]) -> bytes:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(
-        1, len(curves), figsize=(5.5 * len(curves), 3.8), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(5.5 * len(curves), 3.8), layout="constrained")
+    axes = figure.subplots(1, len(curves), squeeze=False)
     for ax, (title, series, unit) in zip(axes[0], curves, strict=True):
         for name, line in series.items():
-            ax.plot([p[0] for p in line], [p[1] for p in line], ".-", label=name.replace("$", "＄"))
+            ax.plot(
+                [p[0] for p in line], [p[1] for p in line], ".-", label=name.replace("$", r"\$")
+            )
         ax.set(title=title, xlabel="step", ylabel=unit)
         ax.grid(alpha=0.3)
         ax.legend(fontsize="small")
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=130)
-    plt.close(figure)
     return content.getvalue()
 
 
@@ -349,36 +346,36 @@ def _prompt(facts: Mapping[str, Any]) -> Html:
 
 
 def _labels(labels: Sequence[Mapping[str, Any]]) -> Html:
-    rows = []
+    started, rows = any("persists" in entry for entry in labels), []
     for entry in labels:
-        places = ", ".join(map(str, entry["positions"])) or "none"
-        row = [entry["label"], places, f"{entry['best_rank']:,} (at {entry['best_position']})"]
+        row = [entry["label"]]
         if "persists" in entry:
             kept = "persists" if entry["persists"] else "lost"
-            row += [entry["initialised_at"], f"{kept}, rank {entry['rank_there']:,}"]
-        else:
-            row += ["–", "–"]
-        rows.append(row)
-    header = ("label", "near positions", "best rank", "started at", "there now")
+            row.append(f"{kept} (position {entry['initialised_at']}, rank {entry['rank_there']:,})")
+        elif started:
+            row.append("–")
+        row.append(", ".join(map(str, entry["positions"])) or "none")
+        rows.append([*row, f"{entry['best_rank']:,} (position {entry['best_position']})"])
+    header = ["label", *(["where it started"] if started else []), "near positions", "best rank"]
     return page.table(header, rows, "class labels among the nearest tokens")
 
 
 def _positions(prompt: Mapping[str, Any], metric: str) -> Html:
-    header, rows = ["position", "norm"], []
-    drifted = "drift" in prompt
+    near, drifted = "neighbours" in prompt["positions"][0], "drift" in prompt
+    header = ["position", *([f"nearest tokens by {metric}"] if near else []), "norm"]
     header += ["drift", "cosine with its start"] if drifted else []
-    near = "neighbours" in prompt["positions"][0]
-    header += [f"nearest tokens by {metric}"] if near else []
+    rows = []
     for entry in prompt["positions"]:
-        row = [entry["position"], float(entry["norm"])]
-        if drifted:
-            row += [float(entry["drift"]["l2"]), f"{entry['drift']['cosine']:.2f}"]
+        row: list[Any] = [entry["position"]]
         if near:
             tokens = [
                 tag("span", n["token"], tag("small", f"{n[metric]:.2f}"))
                 for n in entry["neighbours"]
             ]
             row.append(tag("div", *tokens, class_="tokens"))
+        row.append(float(entry["norm"]))
+        if drifted:
+            row += [float(entry["drift"]["l2"]), float(entry["drift"]["cosine"])]
         rows.append(row)
     return page.table(header, rows, "positions of the prompt and their nearest tokens")
 

@@ -184,7 +184,9 @@ def command_line(facts: Mapping[str, Any], folder: str | os.PathLike | None = No
         arguments = [binary, f"--gin_file={config}", *_data_flags(arguments)]
     words = [name] if name == "softprompt" else ["python", program]
     variables = [f"{k}={shlex.quote(v)}" for k, v in facts.get("variables", {}).items()]
-    line = " ".join([*variables, shlex.join([*words, *arguments])])
+    opening = [*variables, shlex.join([*words, *arguments[:1]])]
+    # A flag a line, as one would type a long command.
+    line = " \\\n  ".join([" ".join(opening), *map(shlex.quote, arguments[1:])])
     directory = facts.get("directory")
     return f"cd {shlex.quote(directory)}\n{line}" if directory else line
 

@@ -155,15 +155,15 @@ def test_nothing_comes_from_outside(run):
 
 def test_the_reproduce_line_is_the_command(run):
     line = runs.command_line(json.loads((run / "run.json").read_text()), run)
-    assert shlex.split(line) == [
+    assert shlex.split(line.replace("\\\n", "")) == [
         "cd", "/a b", "XLA_FLAGS=--a --b", "softprompt", "train",
         "--gin.TEXT_TEMPLATE=it's {text}",
     ]  # fmt: skip
     facts = {"command": ["softprompt", "sweep", "--gin_file=s.gin", "--data_dir=d"]}
-    assert runs.command_line(facts, "/f").split() == [
+    assert shlex.split(runs.command_line(facts, "/f").replace("\\\n", "")) == [
         "softprompt", "train", "--gin_file=/f/config.gin", "--data_dir=d",
     ]  # fmt: skip
-    assert runs.command_line(facts) == "softprompt sweep --gin_file=s.gin --data_dir=d"
+    assert runs.command_line(facts) == "softprompt sweep \\\n  --gin_file=s.gin \\\n  --data_dir=d"
     assert runs.command_line({}) is None
 
 
@@ -221,7 +221,13 @@ def test_a_run_ends_with_its_report_and_outlives_its_failure(tmp_path, monkeypat
     assert main(flags) == 0
     assert f"report: {folder}/report.html" in capsys.readouterr().out
     said = read(folder / "report.html")[1].text
-    for part in ("user_task", "good", "persists, rank", "Confusion matrix", "LEARNING_RATE"):
+    for part in (
+        "user_task",
+        "good",
+        "persists (position 0, rank",
+        "Confusion matrix",
+        "LEARNING_RATE",
+    ):
         assert part in said, part
     drift = np.array(
         [p["drift"]["l2"] for p in json.loads(
@@ -311,6 +317,13 @@ def luminance(color):
     return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
 
 
+def mixed(color, ground):
+    """The darkest cell of a confusion matrix."""
+    share = page.SHADE / 100
+    pairs = [(int(color[i : i + 2], 16), int(ground[i : i + 2], 16)) for i in (1, 3, 5)]
+    return "#" + "".join(f"{round(share * a + (1 - share) * b):02x}" for a, b in pairs)
+
+
 @pytest.mark.parametrize("dark", [False, True])
 def test_texts_and_lines_stand_out_from_their_ground(dark):
     part = page.CSS.split("prefers-color-scheme:dark")[dark]
@@ -327,6 +340,8 @@ def test_texts_and_lines_stand_out_from_their_ground(dark):
     for name in ("ink", "soft", "good", "bad", *lines):
         for ground in ("card", "back"):
             assert contrast(colors[name], colors[ground]) >= 4.5, (name, ground)
+    for shade in ("c0", "c1"):
+        assert contrast(colors["ink"], mixed(colors[shade], colors["card"])) >= 4.5, shade
 
 
 def test_a_reports_name_is_the_one_that_sweeps_link_to():
