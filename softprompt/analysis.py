@@ -46,7 +46,9 @@ class Named:
 # --- reading ------------------------------------------------------------------------------------
 
 
-def read(paths: Sequence[str | os.PathLike], initial: str | os.PathLike | None = None):
+def read(
+    paths: Sequence[str | os.PathLike], initial: str | os.PathLike | None = None
+) -> list[Named]:
     """The prompts in files or in the folders of runs (their best one), all of one width.
 
     What a prompt started from is `initial` or, beside it, `initial.safetensors` of the same shape,
@@ -192,13 +194,12 @@ def groups(ids: np.ndarray) -> list[list[int]]:
 
     Positions that share with no other are left out.
     """
-    from scipy.sparse.csgraph import connected_components
-
     sets = [set(row) for row in ids.tolist()]
-    share = np.array([[2 * len(a & b) >= ids.shape[1] for b in sets] for a in sets])
-    _, label = connected_components(share, directed=False)
-    found = [np.flatnonzero(label == k).tolist() for k in range(label.max() + 1)]
-    return sorted((g for g in found if len(g) > 1), key=lambda g: (-len(g), g))
+    found: list[set[int]] = []
+    for i, own in enumerate(sets):
+        near = [g for g in found if any(2 * len(own & sets[j]) >= ids.shape[1] for j in g)]
+        found = [g for g in found if g not in near] + [{i}.union(*near)]
+    return sorted((sorted(g) for g in found if len(g) > 1), key=lambda g: (-len(g), g))
 
 
 def chance(embedding: np.ndarray, sample: int = 1500) -> tuple[float, float]:

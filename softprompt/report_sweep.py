@@ -48,9 +48,8 @@ def sweep_page(folder: pathlib.Path) -> str:
     if shown:
         sections["Environment"] = page.values(shown, "environment of the sweep")
     seeds = len({row["seed"] for row in results})
-    told = f"{len(results):,} runs: {len(points)} points, {seeds} seeds"
-    if planned := facts.get("planned"):
-        told = f"{len(results):,} of {planned:,} runs: {len(points)} points, {seeds} seeds"
+    planned = f" of {facts['planned']:,}" if facts.get("planned") else ""
+    told = f"{len(results):,}{planned} runs; points: {len(points)}, seeds: {seeds}"
     title = facts.get("title") or folder.name
     return page.document(title, told, "", sections, str(folder))
 
@@ -69,9 +68,9 @@ def _sweep_table(cells, lines, points, columns, axis: str) -> Html:
                 text = "–"
                 if cell is not None:
                     mean, spread = float(cell["mean"]), float(cell["standard_deviation"])
-                    text = (
-                        "diverged" if math.isnan(mean) else f"{mean:.1f}\u00a0±\u00a0{spread:.1f}"
-                    )
+                    text = "diverged" if math.isnan(mean) else f"{mean:.1f}"
+                    if not math.isnan(mean) and int(cell["seeds"]) > 1:
+                        text += f"\u00a0±\u00a0{spread:.1f}"
                     if mean == best.get(task) and len(cells) > len(columns):
                         text = tag("strong", text)
                 row.append(text)

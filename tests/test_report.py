@@ -270,7 +270,7 @@ def test_the_page_of_a_sweep_has_its_table_its_plot_and_its_runs(swept, capsys):
     assert capsys.readouterr().out == "", "no failure was reported"
     text, found = read(spec.folder / "report.html")
     said = found.text
-    assert "Length & <score>" in said and "8 of 8 runs: 2 points, 2 seeds" in said
+    assert "Length & <score>" in said and "8 of 8 runs; points: 2, seeds: 2" in said
     assert "20.0 ± 28.3" in said and "±" in said and "diverged" in said
     links = [a["href"] for tag, a in found.elements if tag == "a" and a["href"][0] != "#"]
     assert links[0] == "runs/20_/t/0/report.html" and len(links) == 5
