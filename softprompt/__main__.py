@@ -30,6 +30,7 @@ def _quiet() -> None:
     import warnings
 
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
 
@@ -159,6 +160,23 @@ def parser() -> argparse.ArgumentParser:
     inspect.add_argument("path", help="a prompt or a backbone in any format, or 'embedded'")
     inspect.add_argument("--backbone", help="show a prompt's nearest tokens in this backbone")
     inspect.add_argument("--neighbours", type=int, default=5, help="tokens per vector")
+    analyse = commands.add_parser(
+        "analyse",
+        aliases=["analyze"],
+        help="nearest tokens, clusters, drift, similarity of prompts",
+    )
+    analyse.add_argument("paths", nargs="+", metavar="PROMPT", help="prompts, or folders of runs")
+    analyse.add_argument("--backbone", help="look for nearest tokens in this backbone")
+    analyse.add_argument("--output_dir", default="softprompt_analysis")
+    analyse.add_argument("--neighbours", type=int, default=5, help="tokens per vector")
+    analyse.add_argument("--metric", choices=("cosine", "euclidean"), default="cosine")
+    analyse.add_argument("--labels", help="class labels to look for, separated by commas")
+    analyse.add_argument("--initial", metavar="PROMPT", help="what drift is measured from")
+    report = commands.add_parser(
+        "report", help="write report.html for the folder of a run or sweep"
+    )
+    report.add_argument("folder", metavar="FOLDER")
+    report.add_argument("--backbone", help="look for the prompt's nearest tokens in this backbone")
     convert = commands.add_parser("convert", help="write a backbone or prompt in another format")
     convert.add_argument("source", help="a path, a gs:// URL, or a Hugging Face hub name")
     convert.add_argument("output", help="where to write; must not exist")
@@ -168,7 +186,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     convert.add_argument("--dtype", choices=("float32", "bfloat16", "int8"), help="of the weights")
     convert.add_argument("--backbone", help="of a prompt: its name and fingerprint are recorded")
-    for command in (inspect, convert):
+    for command in (inspect, analyse, report, convert):
         command.add_argument(
             "--vocabulary_file", help="a SentencePiece model or 'bytes', where the source has none"
         )
@@ -251,6 +269,12 @@ def _user_data(args: argparse.Namespace) -> list[tuple[str, str]]:
     return bindings
 
 
+def _clear_bar() -> None:
+    """Takes away a progress bar that something interrupted."""
+    if "softprompt.logbook" in sys.modules:
+        sys.modules["softprompt.logbook"].clear()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; a user's mistake is one sentence on standard error and exit code 2."""
     _quiet()
@@ -284,6 +308,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             print(f"embeddings {made.shape} in {args.output}")
             return 0
+        if args.command in ("analyse", "analyze"):
+            from softprompt import portrait
+
+            labels = args.labels.split(",") if args.labels else None
+            found = portrait.run(
+                args.paths, args.backbone, args.output_dir, args.vocabulary_file,
+                args.neighbours, args.metric, labels, args.initial,
+            )  # fmt: skip
+            print("\n".join(found))
+            return 0
+        if args.command == "report":
+            from softprompt import report
+
+            print(f"{report.run(args.folder, args.backbone, args.vocabulary_file)} written")
+            return 0
         from softprompt import convert
 
         options = {k: v for k, v in vars(args).items() if k != "command"}
@@ -293,9 +332,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("\n".join(convert.inspect(**options)))
         return 0
     except ValueError as error:
+        _clear_bar()
         print(f"softprompt: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
+        _clear_bar()
         print("softprompt: interrupted", file=sys.stderr)
         return 130
 

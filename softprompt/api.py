@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 from softprompt import backbone as backbones
-from softprompt import data, evaluation, hosts, optim, partition, prompted, train, voting
+from softprompt import data, evaluation, hosts, optim, partition, prompted, report, train, voting
 from softprompt import population as populations
 from softprompt import prompt as prompts
 from softprompt.backbone import Backbone
@@ -187,6 +187,8 @@ def tune(
     settings = {k: v for k, v in locals().items() if k != "backbone"}
     arguments, about = _tuning(backbone, {}, **settings)
     result = train.fit(**arguments)
+    if model_dir is not None and not result.interrupted:
+        report.attempt(model_dir, backbone)
     note = {"step": result.best_step, "metrics": result.metrics}
     best = result.best
     return Prompt(best[train.PROMPT], {**about, **note}, best.get(train.DEEP))
@@ -308,7 +310,8 @@ def _tuning(
 
     def save(path: pathlib.Path, trained: dict[str, np.ndarray], note: dict[str, Any]) -> None:
         array, further = trained[train.PROMPT], trained.get(train.DEEP)
-        prompts.save(f"{path}.safetensors", array, {**about, **note}, further)
+        note = {**about, "class_labels": labels and list(labels), **note}
+        prompts.save(f"{path}.safetensors", array, note, further)
 
     arguments = dict(
         backbone=backbone,

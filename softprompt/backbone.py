@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from softprompt import checkpoint, formats, partition, tree
+from softprompt.logbook import track
 from softprompt.prompted import PromptedT5
 from softprompt.t5 import T5Config
 from softprompt.vocabulary import AnyVocabulary
@@ -69,7 +70,8 @@ def load(
     check(stored)
     places = partition.shardings(variables, mesh)
     fingerprint, params = tree.Fingerprint(), {}
-    for name in sorted(stored.shapes):
+    count = len(stored.shapes)
+    for name in track(sorted(stored.shapes), f"loading {stored.name}", "tensors", count):
         x = stored.read(name)
         fingerprint.add(name, x)
         params[name] = partition.place(np.asarray(x).astype(cfg.dtype), places[name])

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from softprompt import analysis, formats, prompt, tree
 from softprompt import backbone as backbones
-from softprompt import formats, prompt, tree
 from softprompt.formats import Stored, hf, native, prompts, t5x
 from softprompt.logbook import say
 
@@ -154,20 +154,6 @@ def _convert_prompt(source: str, output: pathlib.Path, to: str, backbone: str | 
     return f"prompt of {array.shape[0]} vectors of width {array.shape[1]}"
 
 
-def nearest_tokens(
-    array: np.ndarray, embedding: np.ndarray, count: int = 5
-) -> tuple[np.ndarray, np.ndarray]:
-    """Ids `[P, count]` of the nearest embedding rows by cosine, and the cosines.
-
-    Lester et al. 2021, section 7.
-    """
-    unit = embedding / np.maximum(np.linalg.norm(embedding, axis=1, keepdims=True), 1e-12)
-    rows = array / np.maximum(np.linalg.norm(array, axis=1, keepdims=True), 1e-12)
-    cosines = rows @ unit.T
-    ids = np.argsort(-cosines, axis=1, kind="stable")[:, :count]
-    return ids, np.take_along_axis(cosines, ids, axis=1)
-
-
 def inspect(
     path: str,
     backbone: str | None = None,
@@ -190,26 +176,16 @@ def inspect(
     if deep is not None:
         facts["deep_shape"] = list(deep.shape)
     lines = [json.dumps(facts, indent=2, sort_keys=True)]
-    embedded = formats.open_stored("embedded")
-    if backbone is None and metadata.get("backbone_fingerprint") == embedded.fingerprint:
-        backbone = "embedded"
-    if backbone is None:
+    found = [analysis.Named(pathlib.PurePath(path).name, path, array, metadata)]
+    words = analysis.words_for(found, backbone, vocabulary_file)
+    if words is None:
         return [*lines, "--backbone=PATH shows each vector's nearest tokens in that backbone"]
-    stored = formats.open_stored(backbone, vocabulary_file)
-    if array.shape[1] != stored.cfg.emb_dim:
-        raise ValueError(
-            f"the prompt {path!r} has width {array.shape[1]}, the backbone {stored.name!r} has "
-            f"{stored.cfg.emb_dim}"
-        )
-    if stored.vocabulary is None:
-        raise ValueError(f"the backbone {backbone!r} has no vocabulary; give --vocabulary_file")
-    words = stored.vocabulary
-    embedding = stored.read("token_embedder/embedding").astype(np.float32)[: words.size]
-    ids, cosines = nearest_tokens(array, embedding, neighbours)
-    lines.append(f"nearest tokens by cosine in {stored.name} (norm of the vector in brackets)")
+    ids, cosines = analysis.nearest_tokens(array, words.embedding, neighbours)
+    lines.append(f"nearest tokens by cosine in {words.name} (norm of the vector in brackets)")
     for i, (row, near, close) in enumerate(zip(array, ids, cosines, strict=True)):
-        found = "  ".join(f"{words.piece(t)} {c:.2f}" for t, c in zip(near, close, strict=True))
-        lines.append(f"{i:4d} ({np.linalg.norm(row):.2f})  {found}")
+        pieces = map(words.vocabulary.piece, near)
+        tokens = "  ".join(f"{p} {c:.2f}" for p, c in zip(pieces, close, strict=True))
+        lines.append(f"{i:4d} ({np.linalg.norm(row):.2f})  {tokens}")
     return lines
 
 

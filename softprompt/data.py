@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from softprompt.logbook import track
 from softprompt.vocabulary import EOS_ID, Vocabulary
 
 Batch = dict[str, np.ndarray]
@@ -414,7 +415,8 @@ def from_task(task: Any, split: str, lengths: Mapping[str, int]) -> Examples:
     dataset = task.get_dataset(
         sequence_length=None, split=split, shuffle=False, use_cached=cached is not None
     )
-    records = list(dataset.as_numpy_iterator())
+    what = f"{task.name}: reading {split}"
+    records = list(track(dataset.as_numpy_iterator(), what, "examples"))
     if not records:
         raise ValueError(f"task {task.name}, split {split!r}: there are no examples")
     if cached is not None:
@@ -434,7 +436,8 @@ def prefix_targets(examples: Examples, prefix: Sequence[int]) -> Examples:
 def first_examples(task: Any, split: str, lengths: Mapping[str, int], count: int) -> Examples:
     """The first `count` examples of a split too large for memory, always the same ones."""
     dataset = task.get_dataset(sequence_length=dict(lengths), split=split, shuffle=False, seed=0)
-    records = list(dataset.take(count).as_numpy_iterator())
+    taken = dataset.take(count).as_numpy_iterator()
+    records = list(track(taken, f"{task.name}: reading {split}", "examples", count))
     return make_examples(
         task.name, [r["inputs"] for r in records], [r["targets"] for r in records], records, lengths
     )

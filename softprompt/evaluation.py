@@ -14,6 +14,7 @@ import numpy as np
 
 from softprompt import checkpoint, data, decode, losses, partition, tree
 from softprompt.backbone import Backbone
+from softprompt.logbook import track
 from softprompt.prompted import PromptedT5, bank_slots
 from softprompt.vocabulary import EOS_ID, Vocabulary
 
@@ -220,7 +221,9 @@ class Predictor:
         if which is None and len(self.slots) > 1:
             raise ValueError(f"there are {len(self.slots)} prompts: say which one is whose")
         slots = self.slots[0] if which is None else [self.slots[k] for k in which]
-        for indices, batch in data.eval_batches(examples, self.batch_size, slots):
+        batches = data.eval_batches(examples, self.batch_size, slots)
+        total = -(-len(examples) // self.batch_size)
+        for indices, batch in track(batches, f"{examples.name}: predicting", "batches", total):
             yield indices, {k: partition.place(x, self._rows) for k, x in batch.items()}
 
     def generate(

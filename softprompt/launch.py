@@ -32,13 +32,14 @@ from softprompt import (
     prompt,
     prompted,
     reparameterise,
+    report,
     tree,
     voting,
 )
 from softprompt import train as training
 from softprompt.backbone import Backbone
 from softprompt.formats import Stored, native
-from softprompt.logbook import duration, say, size
+from softprompt.logbook import Progress, duration, say, size, track
 from softprompt.vocabulary import AnyVocabulary, open_vocabulary
 
 Path = str | os.PathLike
@@ -352,11 +353,15 @@ def train(
 
     def save(path: pathlib.Path, trained: dict[str, np.ndarray], note: dict[str, Any]) -> None:
         if training.PROMPT in trained:
+            # Labels given for the initialisation come before the task's own.
+            labels = config.macros().get("CLASS_LABELS") or class_labels[0]
             array, further = trained[training.PROMPT], trained.get(training.DEEP)
-            prompt.save(f"{path}.safetensors", array, {**about, **note}, further)
+            note = {**about, "class_labels": labels, **note}
+            prompt.save(f"{path}.safetensors", array, note, further)
 
+    task_labels = {task.name: own for (task, _), own in zip(tasks, class_labels, strict=True)}
     cost = _cost(backbone, initial, deep, reparameterisation, trainable, backbone_dtype)
-    _write_run_files(folder, backbone, {**about, **cost})
+    _write_run_files(folder, backbone, {**about, "labels": task_labels, **cost})
     count = tree.count({k: v for k, v in backbone.params.items()})
     say(
         f"backbone {backbone.name} ({count / 1e6:.1f}M parameters, fingerprint "
@@ -411,6 +416,8 @@ def train(
         note = {"step": result.best_step, "metrics": result.metrics}
         print_name = save_backbone(out, {**backbone.params, **result.best}, note)
         say(f"tuned backbone of step {result.best_step}: {out} (fingerprint {print_name})")
+    if written := report.attempt(folder, backbone):
+        say(f"report: {written}")
     return result
 
 
@@ -456,7 +463,7 @@ def _write_run_files(folder: pathlib.Path, backbone: Backbone, about: Mapping[st
     checkpoint.write_atomically(folder / "config.gin", config.operative().encode())
     facts = {
         **about,
-        "command": sys.argv,
+        **invocation(),
         "versions": versions(),
         "commit": _commit(),
         "devices": [str(d) for d in jax.devices()],
@@ -464,6 +471,13 @@ def _write_run_files(folder: pathlib.Path, backbone: Backbone, about: Mapping[st
         "mesh": dict(backbone.mesh.shape),
     }
     checkpoint.write_atomically(folder / "run.json", json.dumps(facts, indent=2).encode())
+
+
+def invocation() -> dict[str, Any]:
+    """The command of this process, the folder it was given in, and variables that bear on it."""
+    names = ("SOFTPROMPT_DATA_DIR", "JAX_PLATFORMS", "XLA_FLAGS", "CUDA_VISIBLE_DEVICES")
+    variables = {name: os.environ[name] for name in names if name in os.environ}
+    return {"command": sys.argv, "directory": os.getcwd(), "variables": variables}
 
 
 def versions() -> dict[str, str]:
@@ -587,7 +601,8 @@ def eval(
             alone = [_prompted(backbone, file, ignore_fingerprint) for file in files]
         return _ensemble(predictor, flat, tasks, files, best_metric, split, eval_output_dir, alone)
     figures = evaluation.evaluate(predictor, flat, tasks, eval_output_dir)
-    _report(mixture_or_task_name, split, figures, eval_output_dir)
+    labels = {task.name: task.labels for task in tasks}
+    _report(mixture_or_task_name, split, figures, eval_output_dir, backbone, labels)
     return figures
 
 
@@ -693,18 +708,31 @@ def baseline(
         if eval_output_dir is not None:
             path = pathlib.Path(eval_output_dir) / "predictions" / f"{task.name}.jsonl"
             evaluation.write_predictions(path, task, predictions, scores)
-    _report(mixture_or_task_name, split, figures, eval_output_dir, method=method)
+    labels = {source.name: evaluation.label_classes(source) for source, _ in found}
+    _report(mixture_or_task_name, split, figures, eval_output_dir, backbone, labels, method=method)
     return figures
 
 
 def _report(
-    name: str, split: str, figures: Mapping[str, float], folder: Path | None, **note: Any
+    name: str,
+    split: str,
+    figures: Mapping[str, float],
+    folder: Path | None,
+    backbone: Backbone,
+    labels: Mapping[str, Sequence[str] | None],
+    **note: Any,
 ) -> None:
-    """Prints figures as JSON, and keeps them in `<folder>/<name>.json`."""
-    say(json.dumps({"task": name, "split": split, **note, **figures}))
-    if folder is not None:
-        path = pathlib.Path(folder) / f"{name}.json"
-        checkpoint.write_atomically(path, json.dumps(figures, indent=2).encode())
+    """Prints figures as JSON, and keeps them in `<folder>/<name>.json` and a report."""
+    said = {"task": name, "split": split, **note}
+    say(json.dumps({**said, **figures}))
+    if folder is None:
+        return
+    folder = pathlib.Path(folder)
+    checkpoint.write_atomically(folder / f"{name}.json", json.dumps(figures, indent=2).encode())
+    if not (folder / "train.jsonl").exists():  # A training run's own facts stay.
+        of = {"backbone": backbone.name, "backbone_fingerprint": backbone.fingerprint}
+        _write_run_files(folder, backbone, {**of, **said, "labels": labels})
+    report.attempt(folder)
 
 
 INFER_CHUNK = 512
@@ -796,7 +824,7 @@ def infer(
 
     lengths = task_feature_lengths or {"inputs": 512, "targets": 64}
     _check_settings(dtype, lengths, BATCH_SIZE=(batch_size, 1), BEAMS=(beams, 1), TOP_K=(top_k, 0))
-    rows = list(records.read(input_file))
+    rows = list(track(records.read(input_file), f"reading {input_file}", "rows"))
     named = None
     if prompts is not None:
         named = _named_prompts(rows, prompts, prompt_field, prompt_file, template, labels)
@@ -830,7 +858,7 @@ def infer(
     if done:
         say(f"going on after {done} rows of {partial}")
     partial.parent.mkdir(parents=True, exist_ok=True)
-    began, first = time.monotonic(), done
+    progress = Progress("predicting", len(rows), "rows", every=0, start=done)
     with open(partial, "a", encoding="utf-8") as out:
         while done < len(rows):
             chunk = slice(done, done + INFER_CHUNK)
@@ -849,9 +877,7 @@ def infer(
                 out.write("\n")
             out.flush()
             done += len(predictions)
-            rate = (done - first) / (time.monotonic() - began)
-            left = duration((len(rows) - done) / rate)
-            say(f"{done}/{len(rows)} rows  {rate:.1f} rows/s  {left} left")
+            progress.update(done)
     os.replace(partial, output_file)
     say(f"{len(rows)} predictions in {output_file}")
     return len(rows)

@@ -3,16 +3,107 @@
 import json
 import os
 import pathlib
+import shutil
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeVar
 
 from softprompt import checkpoint, hosts
+
+Item = TypeVar("Item")
+# Seconds between two drawings of a bar, and between two lines of a log.
+REDRAW = 0.2
+SPEAK = 30.0
 
 
 def say(line: str) -> None:
     """Prints a line at once, also into a pipe; of several processes the first one speaks."""
     if hosts.first():
+        clear()
         print(line, flush=True)
+
+
+def on_terminal() -> bool:
+    """Whether standard output is a terminal that can rewrite a line."""
+    return hosts.first() and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+
+
+_drawn = False
+
+
+def clear() -> None:
+    """Takes away the bar that stands on the terminal, if there is one."""
+    global _drawn
+    if _drawn:
+        _drawn = False
+        sys.stdout.write("\r\x1b[K")
+        sys.stdout.flush()
+
+
+def draw(done: int, total: int | None, text: str) -> None:
+    """Rewrites the terminal's last line: a bar if the total is known, then the text, cut to fit."""
+    global _drawn
+    bar, columns = "", shutil.get_terminal_size().columns
+    if total:
+        wide = min(columns // 5, 24)
+        full = wide * min(done, total) // total
+        bar = f"[{'#' * full}{'-' * (wide - full)}] {100 * min(done, total) // total:3d}%  "
+    sys.stdout.write("\r" + f"{bar}{text}"[: columns - 1] + "\x1b[K")
+    sys.stdout.flush()
+    _drawn = True
+
+
+class Progress:
+    """How far something is, with its rate and the time left.
+
+    On a terminal one line is rewritten; elsewhere there is a plain line every `every` seconds,
+    so that a short piece of work says nothing.
+
+    Args:
+      what: said first, such as "sst2: evaluating".
+      total: how many `unit` there are, None where nobody knows.
+      every: seconds between plain lines; 0 prints a line at every update.
+      start: how many were done before, which the rate does not count.
+    """
+
+    def __init__(
+        self, what: str, total: int | None, unit: str, every: float = SPEAK, start: int = 0
+    ):
+        self._what, self._total, self._unit, self._every = what, total, unit, every
+        self._start = start
+        self._began = self._shown = time.monotonic()
+
+    def update(self, done: int) -> None:
+        """Shows that `done` of the total are done, where it is time to show anything."""
+        now, terminal = time.monotonic(), on_terminal()
+        finished = done == self._total
+        since = now - self._shown
+        if since < (REDRAW if terminal else self._every) and not (finished and terminal):
+            return
+        self._shown = now
+        rate = (done - self._start) / max(now - self._began, 1e-9)
+        text = f"{self._what}  {done:,}"
+        text += f"/{self._total:,} {self._unit}" if self._total else f" {self._unit}"
+        text += f"  {rate:,.1f} {self._unit}/s" if rate < 100 else f"  {rate:,.0f} {self._unit}/s"
+        if self._total and rate:
+            text += f"  {duration((self._total - done) / rate)} left"
+        if terminal:
+            draw(done, self._total, text)
+        else:
+            say(text)
+
+
+def track(items: Iterable[Item], what: str, unit: str, total: int | None = None) -> Iterator[Item]:
+    """The items, with a `Progress` that counts those taken and is gone afterwards."""
+    progress = Progress(what, total, unit)
+    try:
+        for done, item in enumerate(items):
+            if done:
+                progress.update(done)
+            yield item
+    finally:
+        clear()
 
 
 def duration(seconds: float) -> str:
@@ -44,6 +135,8 @@ class Logbook:
         self._events = None
         self._start = start
         self._clock = (start, time.monotonic())
+        self._said = ("", "")
+        self._drawn = 0.0
         if self.folder is not None:
             for path in (self.folder / "train.jsonl", self.folder / "eval" / "metrics.jsonl"):
                 _cut_after(path, start)
@@ -82,19 +175,37 @@ class Logbook:
         self._clock = (step, time.monotonic())
 
     def progress(self, step: int, last: int, loss: float, rates: Mapping[str, float]) -> None:
-        """One line: step, loss, rates (of `throughput.Meter`), time left."""
+        """Step, loss, rates (of `throughput.Meter`), time left: a line, or the terminal's bar."""
+        self._said = (
+            f"loss {loss:.4f}",
+            f"{rates['tokens_per_second']:,.0f} tokens/s  MFU {100 * rates['mfu']:.0f}%  "
+            f"data wait {100 * rates['data_wait']:.1f}%",
+        )
+        if on_terminal() and step < last:
+            self.tick(step, last)
+        else:
+            say(self._line(step, last))
+
+    def due(self) -> bool:
+        """Whether a terminal's bar has not moved for a while (always False in a log)."""
+        return time.monotonic() - self._drawn > REDRAW and on_terminal()
+
+    def tick(self, step: int, last: int) -> None:
+        """Moves the terminal's bar to `step`, with the figures that were last told."""
+        self._drawn = time.monotonic()
+        draw(step, last, self._line(step, last))
+
+    def _line(self, step: int, last: int) -> str:
         first, began = self._clock
         rate = (step - first) / max(time.monotonic() - began, 1e-9)
         left = duration((last - step) / rate) if rate else "?"
-        say(
-            f"step {step}/{last}  loss {loss:.4f}  {rate:.2f} steps/s  "
-            f"{rates['tokens_per_second']:,.0f} tokens/s  MFU {100 * rates['mfu']:.0f}%  "
-            f"data wait {100 * rates['data_wait']:.1f}%  "
-            f"{left} left"
-        )
+        loss, speed = self._said
+        parts = [f"step {step}/{last}", loss, f"{rate:.2f} steps/s", f"{left} left", speed]
+        return "  ".join(part for part in parts if part)
 
     def close(self) -> None:
-        """Closes the events."""
+        """Closes the events, and takes the bar away."""
+        clear()
         if self._events is not None:
             self._events.close()
 

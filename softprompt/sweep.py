@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from softprompt import checkpoint, config, launch
+from softprompt import checkpoint, config, launch, report
 from softprompt import train as training
 from softprompt.logbook import duration, say
 
@@ -155,7 +155,8 @@ def sweep(
     """Runs what is not finished yet, and writes results after every run.
 
     Writes `results.csv` (a row per run), `summary.csv` and `table.md` (mean and sample standard
-    deviation over seeds) and `plot.png` to SWEEP_DIR. Returns False if SIGTERM stopped it.
+    deviation over seeds), `plot.png` and `report.html` to SWEEP_DIR. Returns False if SIGTERM
+    stopped it.
     """
     config.parse(files, (), search_paths, complete=False)
     config.parse(files, _known(bindings), search_paths)
@@ -186,7 +187,7 @@ def sweep(
         spent.append(outcome.seconds)
         write(spec, outcomes)
     table = write(spec, outcomes)
-    say(f"{table}\n{len(outcomes)} runs in {spec.folder}: results.csv, summary.csv, plot.png")
+    say(f"{table}\n{len(outcomes)} runs in {spec.folder}: report.html, results.csv, plot.png")
     return True
 
 
@@ -251,6 +252,7 @@ def do(run: Run, binary: str) -> Outcome | None:
             found = config.configured(getattr(launch, binary))()
     except training.Diverged as error:
         say(f"{run}: {error}")
+        report.attempt(run.folder)
         figures = {}
     except ValueError as error:
         raise ValueError(f"{run}: {error}") from None
@@ -322,6 +324,15 @@ def write(spec: Spec, outcomes: Sequence[Outcome]) -> str:
     text = table(spec, found)
     checkpoint.write_atomically(spec.folder / "table.md", text.encode())
     plot(spec, found, spec.folder / "plot.png")
+    about = {
+        "title": spec.title,
+        "axis": spec.axis,
+        "planned": sum(1 for _ in runs(spec)),
+        "versions": launch.versions(),
+        **launch.invocation(),
+    }
+    checkpoint.write_atomically(spec.folder / "sweep.json", json.dumps(about, indent=2).encode())
+    report.attempt(spec.folder)
     return text
 
 

@@ -273,6 +273,10 @@ def fit(
         state, best = restored[0], restored[1]["best"]
         _check_identity(restored[1]["identity"], dict(identity or {}), model_dir)
         say(f"resuming from step {int(state['step'])} of {model_dir}")
+    elif model_dir is not None and save and prompt is not None:
+        # What drift is measured from: see `analysis`.
+        start_of = pathlib.Path(model_dir) / "prompts" / "initial"
+        save(start_of, {PROMPT: np.asarray(prompt, np.float32)}, {"step": 0})
     start = int(state["step"])
     step_fn = jax.jit(
         make_step(module, optimizer, seed, z_loss, label_smoothing, label_ids, reparameterisation),
@@ -333,6 +337,10 @@ def fit(
             stop = asked(step)
             if due_log or due_eval or due_save or stop:
                 _check_finite(state, save, model_dir, trained_now)
+            elif log.due():
+                # Steps are only asked for here: let the bar tell of those that are done.
+                jax.block_until_ready(state["step"])
+                log.tick(step, train_steps)
             if due_log:
                 loss = float(state["loss_sum"]) / max(float(state["count_sum"]), 1)
                 rates = meter.read()

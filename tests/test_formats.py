@@ -17,8 +17,8 @@ import pytest
 from conftest import GOLDENS, TINY, folder_of
 from safetensors import numpy as safetensors_numpy
 
+from softprompt import analysis, checkpoint, convert, decode, formats, prompt, t5, tree
 from softprompt import backbone as backbones
-from softprompt import checkpoint, convert, decode, formats, prompt, t5, tree
 from softprompt.formats import Stored, hf, native, prompts, t5x
 from softprompt.prompted import PromptedT5, slots
 from softprompt.vocabulary import ByteVocabulary
@@ -372,7 +372,7 @@ def test_peft_and_ours_generate_the_same(modules, tmp_path):
 
 def test_nearest_tokens_are_those_of_largest_cosine(rng):
     embedding = rng.normal(size=(50, 8)).astype(np.float32)
-    ids, cosines = convert.nearest_tokens(3 * embedding[[7, 30]], embedding, 4)
+    ids, cosines = analysis.nearest_tokens(3 * embedding[[7, 30]], embedding, 4)
     np.testing.assert_array_equal(ids[:, 0], [7, 30])
     np.testing.assert_allclose(cosines[:, 0], 1, rtol=1e-5)
     assert (np.diff(cosines) <= 0).all()

@@ -1,0 +1,196 @@
+"""What the folder of a run holds: figures, predictions, its prompt's portrait, how it was made."""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from softprompt import analysis, checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """The predictions of one task: rows of `evaluation.write_predictions`, at a step if any."""
+
+    task: str
+    step: int | None
+    rows: Sequence[Mapping[str, Any]]
+    labels: Sequence[str] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """What a run trained, None for what its folder does not tell.
+
+    Attributes:
+      best_step: the step that was chosen.
+      trained: number of parameters that were trained.
+      stored: bytes of the file that the run is kept for, its prompt or its backbone.
+    """
+
+    best_step: int | None = None
+    trained: int | None = None
+    stored: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What the folder of a run (training, evaluation or baseline) holds.
+
+    Attributes:
+      facts: run.json or, where a Python call left none, what the best prompt says of itself.
+      config: the operative gin configuration.
+      train, evaluations: figures by step.
+      weights: what was trained.
+      portrait: what `analysis.analyse` says of the best prompt.
+    """
+
+    folder: pathlib.Path
+    facts: Mapping[str, Any]
+    config: str
+    train: Sequence[Mapping[str, float]]
+    evaluations: Sequence[Mapping[str, float]]
+    weights: Weights
+    predictions: Sequence[Predictions]
+    portrait: Mapping[str, Any] | None
+
+
+def json_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The objects of a JSON Lines file, none where there is none; a torn last line is left out."""
+    if not path.is_file():
+        return []
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            break
+    return found
+
+
+def json_object(path: pathlib.Path) -> dict[str, Any]:
+    """The object in a JSON file, an empty one where there is none."""
+    return checkpoint.read_object(path) if path.is_file() else {}
+
+
+def read(folder: pathlib.Path, words: analysis.Words | None = None) -> Run:
+    """What the folder of a run holds.
+
+    Raises:
+      ValueError: it holds no run.
+    """
+    train = json_lines(folder / "train.jsonl")
+    evaluations = json_lines(folder / "eval" / "metrics.jsonl")
+    trains = bool(train or evaluations)
+    files = sorted((folder / "eval" if trains else folder).glob("predictions/*.jsonl"))
+    if not trains and not files and not (folder / "run.json").is_file():
+        raise ValueError(
+            f"{str(folder)!r} is no folder of a run or sweep: it holds none of train.jsonl, "
+            f"run.json, predictions and results.csv"
+        )
+    portrait = _portrait(folder, words)
+    facts = json_object(folder / "run.json")
+    if not facts and portrait:
+        facts = dict(portrait["prompts"][0]["metadata"])
+    weights = read_weights(folder)
+    if not trains and facts.get("task"):
+        # An evaluation leaves its figures without a step.
+        figures = json_object(folder / f"{facts['task']}.json")
+        evaluations = [figures] if figures else []
+    config = folder / "config.gin"
+    return Run(
+        folder,
+        facts,
+        config.read_text(encoding="utf-8") if config.is_file() else "",
+        train,
+        evaluations,
+        weights,
+        _predictions(files, trains, weights.best_step, facts.get("labels") or {}),
+        portrait,
+    )
+
+
+def read_weights(folder: pathlib.Path) -> Weights:
+    """What the run in a folder trained, by the headers of its files."""
+    best = folder / "checkpoints" / "best.safetensors"
+    prompt = folder / "prompts" / "best.safetensors"
+    step = arrays = None
+    if best.is_file():
+        arrays = checkpoint.Arrays(best)
+        step = arrays.metadata["best"]["step"]
+    elif prompt.is_file():
+        arrays = checkpoint.Arrays(prompt)
+        step = arrays.metadata.get("step")
+    trained = arrays and sum(math.prod(shape) for shape in arrays.shapes.values())
+    kept = [p for p in (prompt, folder / "backbone" / "model.safetensors") if p.is_file()]
+    return Weights(step, trained, sum(p.stat().st_size for p in kept) if kept else None)
+
+
+def _portrait(folder: pathlib.Path, words: analysis.Words | None) -> dict[str, Any] | None:
+    """What the best prompt looks like, kept in `analysis.json`."""
+    best = folder / "prompts" / "best.safetensors"
+    if not best.is_file():
+        return None
+    found = analysis.read([best])
+    kept = json_object(folder / "analysis.json")
+    if words is None and kept.get("backbone"):
+        [before, *_] = kept["prompts"]
+        if before["metadata"].get("sha256") == found[0].metadata["sha256"]:
+            return kept
+    facts = analysis.analyse(found, words or analysis.words_for(found, None))
+    text = json.dumps(facts, indent=1, ensure_ascii=False)
+    checkpoint.write_atomically(folder / "analysis.json", text.encode())
+    return facts
+
+
+def _predictions(
+    files: Sequence[pathlib.Path], trains: bool, best_step: int | None, labels: Mapping[str, Any]
+) -> list[Predictions]:
+    """Of every task the predictions of the best step, or else of its last."""
+    by_task: dict[str, dict[int | None, pathlib.Path]] = {}
+    for path in files:
+        stepped = re.fullmatch(r"(.+)-(\d+)", path.stem) if trains else None
+        task, step = (stepped[1], int(stepped[2])) if stepped else (path.stem, None)
+        by_task.setdefault(task, {})[step] = path
+    found = []
+    for task, steps in sorted(by_task.items()):
+        step = best_step if best_step in steps else max(steps, key=lambda s: -1 if s is None else s)
+        rows = json_lines(steps[step])
+        own = labels.get(task) or (rows and list(rows[0].get("scores", ()))) or None
+        found.append(Predictions(task, step, rows, own))
+    return found
+
+
+def command_line(facts: Mapping[str, Any], folder: str | os.PathLike | None = None) -> str | None:
+    """The command of run.json, quoted for a shell, in its directory; None if there is none.
+
+    With `folder`, a run that was one of a sweep is made alone, from its own configuration there.
+    """
+    command = facts.get("command")
+    if not command:
+        return None
+    program, *arguments = command
+    name = pathlib.PurePath(program).name
+    if name == "__main__.py" and pathlib.PurePath(program).parent.name == "softprompt":
+        name = "softprompt"
+    if folder is not None and name == "softprompt" and arguments[:1] == ["sweep"]:
+        binary = "baseline" if "method" in facts else "train"
+        config = os.path.abspath(pathlib.Path(folder) / "config.gin")
+        arguments = [binary, f"--gin_file={config}", *_data_flags(arguments)]
+    words = [name] if name == "softprompt" else ["python", program]
+    variables = [f"{k}={shlex.quote(v)}" for k, v in facts.get("variables", {}).items()]
+    opening = [*variables, shlex.join([*words, *arguments[:1]])]
+    # A flag a line, as one would type a long command.
+    line = " \\\n  ".join([" ".join(opening), *map(shlex.quote, arguments[1:])])
+    directory = facts.get("directory")
+    return f"cd {shlex.quote(directory)}\n{line}" if directory else line
+
+
+def _data_flags(arguments: Sequence[str]) -> list[str]:
+    flags = ("--data_dir", "--tfds_data_dir", "--seqio_additional_cache_dirs")
+    return [a for a in arguments if a.startswith(tuple(f"{flag}=" for flag in flags))]
