@@ -59,13 +59,19 @@ def load_backbone(
     path: str | os.PathLike = "embedded",
     dtype: Any = "float32",
     vocabulary_file: str | os.PathLike | None = None,
+    weights: str | None = None,
+    remat: str = "none",
 ) -> Backbone:
     """Loads a frozen T5, by default the one that the package carries.
 
     `path` may be a folder of ours, of Hugging Face's or of T5X's, or a hub name; `vocabulary_file`
-    a SentencePiece model where the source brings none. See `backbone.load`.
+    a SentencePiece model where the source brings none. `weights='int8'` keeps matrices as int8,
+    with activations in `dtype`; `remat` ('minimal', 'full') saves memory in `tune`. See
+    `backbone.load` and docs/memory.md.
     """
-    return backbones.load(path, dtype, vocabulary_file=vocabulary_file)
+    return backbones.load(
+        path, dtype, vocabulary_file=vocabulary_file, weights=weights, remat=remat
+    )
 
 
 def load_prompt(
@@ -156,6 +162,7 @@ def tune(
     model_dir: str | os.PathLike | None = None,
     lengths: Mapping[str, int] = LENGTHS,
     seed: int = 0,
+    microbatches: int = 1,
 ) -> Prompt:
     """Tunes a prompt for a frozen backbone and returns the best one.
 
@@ -170,6 +177,7 @@ def tune(
       loss: 'labels' (the default with labels) tells the right label from the others, for
         `classify`; 'tokens' is the paper's, of the target text, for `generate` too.
       model_dir: where checkpoints, prompts and figures go; the same call goes on from there.
+      microbatches: equal parts that a batch is computed in, one after the other, to save memory.
 
     Returns:
       The prompt of the best validation, or of the last step without `validation_data`.
@@ -182,13 +190,12 @@ def tune(
         if labels is not None and text not in labels:
             raise ValueError(f"the target {text!r} is not among the labels {list(labels)}")
     init = prompt_init or (prompts.class_labels if labels else prompts.sampled_vocab)
-    embedding = np.asarray(backbone.params["token_embedder/embedding"], np.float32)
-    source = prompts.Source(embedding, backbone.vocabulary, labels)
+    source = prompts.Source(backbone.embedding(), backbone.vocabulary, labels)
     initial = init(jax.random.key(seed), prompt_length, source)
     loss = loss or (evaluation.LABELS if labels else evaluation.TOKENS)
     label_ids = evaluation.training_labels(loss, [examples], [labels], backbone.vocabulary)
     slots = prompted.slots(backbone.cfg.vocab_size, prompt_length)
-    batch_size = data.round_up(batch_size, backbone.mesh.shape["data"])
+    batch_size = train.rows_for(batch_size, backbone.mesh, microbatches)
 
     run_evaluation = None
     if validation_data is not None:
@@ -201,6 +208,7 @@ def tune(
     about = {
         "backbone": backbone.name,
         "backbone_fingerprint": backbone.fingerprint,
+        "backbone_weights": backbone.weights,
         "task": examples.name,
         "prompt_length": prompt_length,
         "initialisation": getattr(init, "__name__", str(init)),
@@ -226,6 +234,7 @@ def tune(
         save=save,
         identity={**about, "batch_size": batch_size},
         seed=seed,
+        microbatches=microbatches,
         label_ids=label_ids,
     )
     note = {"step": result.best_step, "metrics": result.metrics}

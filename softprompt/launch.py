@@ -23,6 +23,7 @@ from softprompt import (
     config,
     data,
     evaluation,
+    int8,
     optim,
     partition,
     prompt,
@@ -97,11 +98,15 @@ def _load_backbone(
     dtype: str,
     dropout_rate: float,
     seed: int,
+    weights: str | None,
+    remat: str,
 ) -> Backbone:
     from softprompt import t5
 
     if path is not None:
-        loaded = backbones.load(path, dtype, dropout_rate, mesh, vocabulary_file)
+        loaded = backbones.load(
+            path, dtype, dropout_rate, mesh, vocabulary_file, weights=weights, remat=remat
+        )
         if architecture is not None:
             expected = t5.config(architecture).to_json()
             if loaded.cfg.to_json() != expected:
@@ -113,8 +118,8 @@ def _load_backbone(
     if architecture is None:
         raise ValueError("give INITIAL_CHECKPOINT_PATH, or ARCHITECTURE to start from scratch")
     vocabulary = open_vocabulary(vocabulary_file) if vocabulary_file else None
-    cfg = t5.config(architecture, dropout_rate, dtype)
-    return backbones.random(cfg, seed, vocabulary, mesh, name=architecture)
+    cfg = dataclasses.replace(t5.config(architecture, dropout_rate, dtype), remat=remat)
+    return backbones.random(cfg, seed, vocabulary, mesh, architecture, weights)
 
 
 def _use_vocabulary(backbone: Backbone) -> AnyVocabulary:
@@ -165,6 +170,9 @@ def train(
     backbone_name: str | None = None,
     backbone_dtype: str = "float32",
     backbone_steps: Sequence[int] = (),
+    weights: str | None = None,
+    remat: str = "none",
+    microbatches: int = 1,
 ) -> training.Result:
     """Trains a prompt (or whatever `trainable` names) on a seqio task or mixture.
 
@@ -174,7 +182,8 @@ def train(
     tokens if that is not 0 (see `data.Packing`), and the task's own metrics are
     evaluated. `loss` is that of the target 'tokens' or that of the right one among the task's
     'labels'. A trained backbone is stored as `backbone_name` in `backbone_dtype`, and once more as
-    it was at each of `backbone_steps` (multiples of `eval_period`). Writes to `model_dir` what the
+    it was at each of `backbone_steps` (multiples of `eval_period`). `weights`, `remat` and
+    `microbatches` save memory: see docs/memory.md. Writes to `model_dir` what the
     README lists.
     """
     began = time.monotonic()
@@ -191,19 +200,21 @@ def train(
         CHECKPOINT_PERIOD=(checkpoint_period, 0),
         KEEP_CHECKPOINTS=(keep_checkpoints, 1),
         LOG_PERIOD=(log_period, 1),
+        MICROBATCHES=(microbatches, 1),
     )
     folder = pathlib.Path(model_dir)
     devices = mesh()
     backbone = _load_backbone(
-        initial_checkpoint_path, architecture, vocabulary_file, devices, dtype, dropout_rate, seed
-    )
+        initial_checkpoint_path, architecture, vocabulary_file, devices, dtype, dropout_rate, seed,
+        weights, remat,
+    )  # fmt: skip
     vocabulary = _use_vocabulary(backbone)
     if text_corpus is not None:
         from softprompt.tasks import pretraining
 
         pretraining.use_corpus(text_corpus)
     tasks = _load_tasks(mixture_or_task_name, mixture_or_task_module, user_data)
-    batch_size = data.round_up(batch_size, devices.shape["data"])
+    batch_size = training.rows_for(batch_size, devices, microbatches)
     slots = prompted.slots(backbone.cfg.vocab_size, prompt_length)
 
     class_labels = [evaluation.label_classes(task) for task, _ in tasks]
@@ -213,7 +224,7 @@ def train(
             jax.random.key(seed),
             prompt_length,
             prompt.Source(
-                np.asarray(backbone.params["token_embedder/embedding"], np.float32),
+                backbone.embedding(),
                 vocabulary,
                 class_labels[0],
             ),
@@ -233,7 +244,7 @@ def train(
                 say(message)
         rates = [rate for _, rate in tasks]
         if pack_length:
-            over = devices.shape["data"]
+            over = devices.shape["data"] * microbatches
             batches = data.Packing(parts, rates, batch_size, seed, slots, pack_length, over)
             share, count = batches.fill()
             say(
@@ -261,10 +272,12 @@ def train(
     )
 
     def save_backbone(path: pathlib.Path, params: tree.Flat, note: dict[str, Any]) -> str:
-        weights = {k: v for k, v in params.items() if k != training.PROMPT}
+        arrays = {k: v for k, v in params.items() if k != training.PROMPT}
+        if backbone.weights == "int8":
+            arrays = {k: int8.value(arrays, k) for k in int8.parameters(arrays)}
         name = backbone_name or backbone.name
         note = {"task": mixture_or_task_name, "trained_from": _origin(backbone), **note}
-        stored = Stored.of(name, backbone.cfg, weights, vocabulary, note)
+        stored = Stored.of(name, backbone.cfg, arrays, vocabulary, note)
         return native.save(path, stored, backbone_dtype)
 
     def run_evaluation(flat: tree.Flat, step: int) -> dict[str, float]:
@@ -283,6 +296,7 @@ def train(
     about = {
         "backbone": backbone.name,
         "backbone_fingerprint": backbone.fingerprint,
+        "backbone_weights": backbone.weights,
         "task": mixture_or_task_name,
         "prompt_length": prompt_length,
         "initialisation": getattr(prompt_init, "__name__", str(prompt_init)),
@@ -295,10 +309,12 @@ def train(
             prompt.save(f"{path}.safetensors", trained[training.PROMPT], {**about, **note})
 
     _write_run_files(folder, backbone, about)
-    count = tree.count({k: v for k, v in backbone.params.items()})
+    count = tree.count({k: backbone.params[k] for k in int8.parameters(backbone.params)})
+    # What is loaded in fewer bits than it is stored in has another one than the backbone.
+    before = tree.fingerprint(backbone.params) if backbone.weights != "float32" else None
     say(
-        f"backbone {backbone.name} ({count / 1e6:.1f}M parameters, fingerprint "
-        f"{backbone.fingerprint}), mesh {dict(devices.shape)}, prompt length {prompt_length}, "
+        f"backbone {backbone.name} ({count / 1e6:.1f}M parameters in {backbone.weights}, "
+        f"fingerprint {backbone.fingerprint}), mesh {dict(devices.shape)}, prompt length {prompt_length}, "
         f"task {mixture_or_task_name}, ready after {duration(time.monotonic() - began)}"
     )
     result = training.fit(
@@ -328,13 +344,14 @@ def train(
         z_loss=z_loss,
         label_smoothing=label_smoothing,
         label_ids=label_ids,
+        microbatches=microbatches,
     )
     if result.interrupted:
         return result
     if only_prompt:
         after = tree.fingerprint(backbone.params)
         path = folder / "prompts" / "best.safetensors"
-        say(f"backbone fingerprint before {backbone.fingerprint}, after {after}")
+        say(f"backbone fingerprint before {before or backbone.fingerprint}, after {after}")
         say(f"best prompt of step {result.best_step}: {path} ({size(path.stat().st_size)})")
     else:
         out = folder / "backbone"
@@ -342,6 +359,23 @@ def train(
         print_name = save_backbone(out, {**backbone.params, **result.best}, note)
         say(f"tuned backbone of step {result.best_step}: {out} (fingerprint {print_name})")
     return result
+
+
+def label_count(settings: Mapping[str, Any]) -> int:
+    """How many labels the task that `train`'s arguments name has, read off its definition."""
+    if settings["mixture_or_task_name"] is None:
+        raise ValueError(
+            "LOSS 'labels' needs MIXTURE_OR_TASK_NAME, whose number of labels decides"
+        )
+    tasks = _load_tasks(
+        settings["mixture_or_task_name"],
+        settings["mixture_or_task_module"],
+        settings["user_data"],
+    )
+    counts = [len(evaluation.label_classes(task) or ()) for task, _ in tasks]
+    if not min(counts):
+        raise ValueError(f"the task {settings['mixture_or_task_name']!r} has no labels")
+    return max(counts)
 
 
 def _origin(backbone: Backbone) -> dict[str, Any]:
@@ -391,6 +425,9 @@ def _prompted(
         return flat, 0
     array, metadata = prompt.load(prompt_file)
     prompt.check_backbone(prompt_file, array, metadata, backbone, ignore_fingerprint)
+    trained_on = metadata.get("backbone_weights", backbone.weights)
+    if trained_on != backbone.weights:
+        say(f"{prompt_file}: trained on {trained_on} weights, these are {backbone.weights}")
     flat[training.PROMPT] = jax.device_put(array, partition.replicated(backbone.mesh))
     return flat, len(array)
 
@@ -411,11 +448,16 @@ def eval(
     dtype: str = "float32",
     vocabulary_file: str | None = None,
     ignore_fingerprint: bool = False,
+    weights: str | None = None,
 ) -> dict[str, float]:
     """Evaluates a prompt (None: the bare backbone) on a task's split; prints figures as JSON."""
     _check_settings(dtype, task_feature_lengths, BATCH_SIZE=(batch_size, 1), BEAMS=(beams, 1))
     backbone = backbones.load(
-        initial_checkpoint_path, dtype, mesh=mesh(), vocabulary_file=vocabulary_file
+        initial_checkpoint_path,
+        dtype,
+        mesh=mesh(),
+        vocabulary_file=vocabulary_file,
+        weights=weights,
     )
     vocabulary = _use_vocabulary(backbone)
     flat, length = _prompted(backbone, prompt_file, ignore_fingerprint)
@@ -451,13 +493,18 @@ def baseline(
     mesh: Callable[[], jax.sharding.Mesh] = partition.make_mesh,
     dtype: str = "float32",
     vocabulary_file: str | None = None,
+    weights: str | None = None,
 ) -> dict[str, float]:
     """Evaluates what prompt tuning is held against (see `baselines`); prints figures as JSON."""
     if method not in baselines.METHODS:
         raise ValueError(f"METHOD is {method!r}, expected one of {', '.join(baselines.METHODS)}")
     _check_settings(dtype, task_feature_lengths, BATCH_SIZE=(batch_size, 1), SHOTS=(shots, 0))
     backbone = backbones.load(
-        initial_checkpoint_path, dtype, mesh=mesh(), vocabulary_file=vocabulary_file
+        initial_checkpoint_path,
+        dtype,
+        mesh=mesh(),
+        vocabulary_file=vocabulary_file,
+        weights=weights,
     )
     vocabulary = _use_vocabulary(backbone)
     found = _load_tasks(mixture_or_task_name, mixture_or_task_module, user_data)
@@ -526,6 +573,7 @@ def infer(
     dtype: str = "float32",
     vocabulary_file: str | None = None,
     ignore_fingerprint: bool = False,
+    weights: str | None = None,
 ) -> int:
     """Predicts a text (or, with `labels`, the likeliest label) for each row of a JSONL or CSV file.
 
@@ -539,7 +587,11 @@ def infer(
     rows = list(records.read(input_file))
     texts = [records.fill(template, row) for row in rows]
     backbone = backbones.load(
-        initial_checkpoint_path, dtype, mesh=mesh(), vocabulary_file=vocabulary_file
+        initial_checkpoint_path,
+        dtype,
+        mesh=mesh(),
+        vocabulary_file=vocabulary_file,
+        weights=weights,
     )
     flat, length = _prompted(backbone, prompt_file, ignore_fingerprint)
     mode = evaluation.RANK if labels else evaluation.GENERATE

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from softprompt import checkpoint, decode, losses, partition, throughput, tree
+from softprompt import checkpoint, decode, int8, losses, partition, throughput, tree
 from softprompt.backbone import Backbone, abstract
 from softprompt.logbook import Logbook, say
 from softprompt.prompted import PromptedT5
+from softprompt.t5 import T5Config
 
 State = dict[str, Any]
 PROMPT = "prompt/bank"
@@ -57,11 +58,14 @@ def make_step(
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
     label_ids: np.ndarray | None = None,
+    microbatches: int = 1,
 ) -> Callable[[State, tree.Flat, dict[str, jax.Array]], State]:
     """The train step `(state, frozen, batch) -> state`, to be jitted.
 
     The loss is that of the target tokens or, with `label_ids` `[C, L]`, that of the right label
-    among the labels. Only `state["trainable"]` is differentiated. A step whose loss or update is
+    among the labels. Only `state["trainable"]` is differentiated. With `microbatches` n the batch
+    is computed in n equal parts one after the other, part i of rows i, i + n, …; their losses and
+    gradients are summed and divided once, by the count of the whole batch. A step whose loss or update is
     not finite changes nothing, and neither does any step after it: `state["bad_step"]` names it
     (else -1).
     """
@@ -70,27 +74,36 @@ def make_step(
     def step(state: State, frozen: tree.Flat, batch: dict[str, jax.Array]) -> State:
         key = jax.random.fold_in(jax.random.key(seed), state["step"])
 
-        def loss_fn(trainable):
-            params, ids = tree.unflatten({**frozen, **trainable}), batch["encoder_ids"]
+        def loss_fn(trainable, part, key):
+            params, ids = tree.unflatten({**frozen, **trainable}), part["encoder_ids"]
             if label_ids is not None:
                 scores = decode.score_labels(
                     module, params, ids, label_ids, key if dropout else None
                 )
-                loss, count = losses.label_cross_entropy(scores, batch["targets"], label_ids)
-                return loss / count, (loss, count)
+                return losses.label_cross_entropy(scores, part["targets"], label_ids)
             logits = module.apply(
                 {"params": params},
                 ids,
-                losses.shift_right(batch["targets"], batch.get("decoder_segments")),
-                batch.get("encoder_segments"),
-                batch.get("decoder_segments"),
+                losses.shift_right(part["targets"], part.get("decoder_segments")),
+                part.get("encoder_segments"),
+                part.get("decoder_segments"),
                 deterministic=not dropout,
                 rngs={"dropout": key} if dropout else None,
             )
-            loss, count = losses.cross_entropy(logits, batch["targets"], z_loss, label_smoothing)
-            return loss / count, (loss, count)
+            return losses.cross_entropy(logits, part["targets"], z_loss, label_smoothing)
 
-        (mean, (loss, count)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state["trainable"])
+        if microbatches == 1:
+
+            def mean_loss(trainable):
+                loss, count = loss_fn(trainable, batch, key)
+                return loss / count, (loss, count)
+
+            (mean, (loss, count)), grads = jax.value_and_grad(mean_loss, has_aux=True)(
+                state["trainable"]
+            )
+        else:
+            loss, count, grads = _accumulated(loss_fn, state["trainable"], batch, key, microbatches)
+            mean, grads = loss / count, jax.tree.map(lambda g: g / count, grads)
         updates, opt = optimizer.update(grads, state["opt"], state["trainable"])
         moved = optax.apply_updates(state["trainable"], updates)
         # A gradient that is not finite shows in its update.
@@ -114,19 +127,86 @@ def make_step(
     return step
 
 
-def init_state(
+def compiler_options(cfg: T5Config, frozen: tree.Flat) -> dict[str, Any]:
+    """XLA's options for a step: where memory is to be saved, its schedule must save it too.
+
+    XLA's CPU backend orders operations for concurrency unless told otherwise, and begins what the
+    backward pass recomputes, and the wider copies of int8 weights, long before they are needed.
+    """
+    lean = cfg.remat != "none" or any(x.dtype == jnp.int8 for x in frozen.values())
+    if not lean or jax.default_backend() != "cpu":
+        return {}
+    return {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+
+
+def _accumulated(loss_fn, trainable, batch, key, parts: int):
+    """Sums over a batch's parts: of the loss, of its count, and of its gradient."""
+    # Rows stay on the devices they are on: part i takes every parts-th row from row i.
+    split = jax.tree.map(
+        lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), dict(batch)
+    )
+
+    def add(sums, numbered):
+        i, part = numbered
+        (loss, count), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            trainable, part, jax.random.fold_in(key, i)
+        )
+        return jax.tree.map(jnp.add, sums, (loss, count, grads)), None
+
+    zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable))
+    return jax.lax.scan(add, zero, (jnp.arange(parts), split))[0]
+
+
+def rows_for(batch_size: int, mesh: jax.sharding.Mesh, microbatches: int) -> int:
+    """`batch_size` rounded up to rows that the mesh's data axis takes in equal microbatches.
+
+    Raises:
+      ValueError: `microbatches` does not divide `batch_size`.
+    """
+    if microbatches < 1 or batch_size % microbatches:
+        raise ValueError(
+            f"MICROBATCHES is {microbatches}, expected a divisor of BATCH_SIZE, which is "
+            f"{batch_size}"
+        )
+    return -(-batch_size // (over := mesh.shape["data"] * microbatches)) * over
+
+
+def abstract_state(
     trainable: tree.Flat, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
 ) -> State:
-    """The state before the first step, sharded as its parameters are."""
+    """Shapes, types and shardings of the state; `trainable` may be arrays or their shapes.
+
+    Moments are sharded as their parameters are.
+    """
     everywhere = partition.replicated(mesh)
 
     def place(path, leaf):
         # Moments are dicts with the parameters' own keys.
         param = trainable.get(getattr(path[-1], "key", None)) if path else None
-        return param.sharding if param is not None and param.shape == leaf.shape else everywhere
+        same = param is not None and param.shape == leaf.shape
+        sharding = param.sharding if same else everywhere
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    shapes = jax.eval_shape(optimizer.init, trainable)
-    places = jax.tree_util.tree_map_with_path(place, shapes)
+    moments = jax.eval_shape(optimizer.init, trainable)
+    scalars = {"step": jnp.int32, "loss_sum": jnp.float32, "count_sum": jnp.float32,
+               "bad_step": jnp.int32}  # fmt: skip
+    return {
+        "trainable": {
+            path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+            for path, x in trainable.items()
+        },
+        "opt": jax.tree_util.tree_map_with_path(place, moments),
+        **{k: jax.ShapeDtypeStruct((), t, sharding=everywhere) for k, t in scalars.items()},
+    }
+
+
+def init_state(
+    trainable: tree.Flat, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> State:
+    """The state before the first step, sharded as its parameters are."""
+    everywhere = partition.replicated(mesh)
+    shapes = abstract_state(trainable, optimizer, mesh)["opt"]
+    places = jax.tree.map(lambda x: x.sharding, shapes)
     # A copy: the train step gives its state's buffers away.
     trainable = {path: jnp.copy(x) for path, x in trainable.items()}
     scalars = {
@@ -140,6 +220,18 @@ def init_state(
         "opt": jax.jit(optimizer.init, out_shardings=places)(trainable),
         **{name: jax.device_put(x, everywhere) for name, x in scalars.items()},
     }
+
+
+def check_trainable(trained: tree.Flat) -> None:
+    """Raises where a parameter that is to be trained is kept as int8."""
+    rounded = [path for path in int8.parameters(trained) if trained[path].dtype == jnp.int8]
+    rounded += [path for path in trained if path.endswith(int8.SCALE)]
+    if rounded:
+        shown = ", ".join(rounded[:3]) + (", …" if len(rounded) > 3 else "")
+        raise ValueError(
+            f"TRAINABLE names {len(rounded)} parameters that WEIGHTS 'int8' keeps as int8, which "
+            f"cannot be trained ({shown}); set WEIGHTS to None, or TRAINABLE to what is not int8"
+        )
 
 
 @contextlib.contextmanager
@@ -178,6 +270,7 @@ def fit(
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
     label_ids: np.ndarray | None = None,
+    microbatches: int = 1,
 ) -> Result:
     """Trains the parameters that `trainable` names, from step 0 or from MODEL_DIR's checkpoint.
 
@@ -196,6 +289,7 @@ def fit(
       identity: what makes this run the one it is (task, seed, backbone, …). A checkpoint of a run
         with another identity is refused, naming the difference.
       label_ids: `[C, L]`, to train by the loss among these labels: see `make_step`.
+      microbatches: equal parts that a batch is computed in: see `make_step`.
 
     Raises:
       Diverged: the loss was not finite; the message names the step. What was trained before it
@@ -213,6 +307,7 @@ def fit(
         place = partition.shardings(abstract(backbone.cfg, rows), backbone.mesh)[PROMPT]
         params[PROMPT] = jax.device_put(np.asarray(prompt, np.float32), place)
     trained, fixed = tree.split(params, trainable, frozen)
+    check_trainable(trained)
     trained = {path: x.astype(jnp.float32) for path, x in trained.items()}
     state = init_state(trained, optimizer, backbone.mesh)
     best = {"step": 0, "metric": None, "waited": 0, "metrics": {}}
@@ -222,7 +317,9 @@ def fit(
         say(f"resuming from step {int(state['step'])} of {model_dir}")
     start = int(state["step"])
     step_fn = jax.jit(
-        make_step(module, optimizer, seed, z_loss, label_smoothing, label_ids), donate_argnums=0
+        make_step(module, optimizer, seed, z_loss, label_smoothing, label_ids, microbatches),
+        donate_argnums=0,
+        compiler_options=compiler_options(backbone.cfg, fixed),
     )
     rows_sharding = partition.batch_sharding(backbone.mesh)
     log = Logbook(model_dir, start)
