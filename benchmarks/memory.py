@@ -1,6 +1,6 @@
 """The dry run's figure against the memory that a step really takes (Linux, CPU).
 
-    python benchmarks/memory.py [--size t5_1_1_small] [--batch 4 8] [--dtype float32] [--weights int8]
+    python benchmarks/memory.py [--size t5_1_1_small] [--batch 4 8] [--dtype bfloat16]
 
 For each batch size a process of its own compiles the train step, makes random weights, takes two
 steps, and reads from the kernel by how much its resident memory rose at most (VmHWM, reset once the

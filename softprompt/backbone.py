@@ -97,8 +97,8 @@ def load(
 
     Tensor by tensor, straight into the sharded arrays. With `weights` 'int8' kernels, embedding
     and head are kept as int8 with float32 scales (see `int8`), the rest and all activations as
-    `dtype`; a source that holds int8 is taken as it is. `remat` is one of `t5.REMAT`. `path`, `vocabulary_file` and
-    `relative_max_distance`: see `formats.open_stored`.
+    `dtype`; a source that holds int8 is taken as it is. `remat` is one of `t5.REMAT`. `path`,
+    `vocabulary_file` and `relative_max_distance`: see `formats.open_stored`.
 
     Raises:
       ValueError: nothing there, or names or shapes that do not fit the stated architecture.

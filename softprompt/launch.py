@@ -314,8 +314,9 @@ def train(
     before = tree.fingerprint(backbone.params) if backbone.weights != "float32" else None
     say(
         f"backbone {backbone.name} ({count / 1e6:.1f}M parameters in {backbone.weights}, "
-        f"fingerprint {backbone.fingerprint}), mesh {dict(devices.shape)}, prompt length {prompt_length}, "
-        f"task {mixture_or_task_name}, ready after {duration(time.monotonic() - began)}"
+        f"fingerprint {backbone.fingerprint}), mesh {dict(devices.shape)}, prompt length "
+        f"{prompt_length}, task {mixture_or_task_name}, "
+        f"ready after {duration(time.monotonic() - began)}"
     )
     result = training.fit(
         backbone,
@@ -364,9 +365,7 @@ def train(
 def label_count(settings: Mapping[str, Any]) -> int:
     """How many labels the task that `train`'s arguments name has, read off its definition."""
     if settings["mixture_or_task_name"] is None:
-        raise ValueError(
-            "LOSS 'labels' needs MIXTURE_OR_TASK_NAME, whose number of labels decides"
-        )
+        raise ValueError("LOSS 'labels' needs MIXTURE_OR_TASK_NAME, whose number of labels decides")
     tasks = _load_tasks(
         settings["mixture_or_task_name"],
         settings["mixture_or_task_module"],

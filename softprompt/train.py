@@ -65,9 +65,9 @@ def make_step(
     The loss is that of the target tokens or, with `label_ids` `[C, L]`, that of the right label
     among the labels. Only `state["trainable"]` is differentiated. With `microbatches` n the batch
     is computed in n equal parts one after the other, part i of rows i, i + n, …; their losses and
-    gradients are summed and divided once, by the count of the whole batch. A step whose loss or update is
-    not finite changes nothing, and neither does any step after it: `state["bad_step"]` names it
-    (else -1).
+    gradients are summed and divided once, by the count of the whole batch. A step whose loss or
+    update is not finite changes nothing, and neither does any step after it: `state["bad_step"]`
+    names it (else -1).
     """
     dropout = module.cfg.dropout_rate > 0
 
@@ -141,6 +141,9 @@ def compiler_options(cfg: T5Config, frozen: tree.Flat) -> dict[str, Any]:
 
 def _accumulated(loss_fn, trainable, batch, key, parts: int):
     """Sums over a batch's parts: of the loss, of its count, and of its gradient."""
+    rows = len(batch["targets"])
+    if rows % parts:
+        raise ValueError(f"a batch of {rows} rows cannot be cut into {parts} equal microbatches")
     # Rows stay on the devices they are on: part i takes every parts-th row from row i.
     split = jax.tree.map(
         lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), dict(batch)

@@ -25,7 +25,7 @@ class Stored:
       vocabulary: None where the source brings none.
       fingerprint: that the stored values must have, where the format records it.
       metadata: whatever else the source says of itself.
-      read_int8: our path to int8 values and scales (see `int8`) where they are stored so, else None.
+      read_int8: our path to int8 values and scales (see `int8`), None where not stored so.
     """
 
     where: str
