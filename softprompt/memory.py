@@ -58,7 +58,7 @@ class Run:
 
     def but(self, **changes: Any) -> "Run":
         """The same run with other values; `remat` goes into the configuration."""
-        cfg = self.cfg
+        cfg = changes.pop("cfg", self.cfg)
         if "remat" in changes:
             cfg = dataclasses.replace(cfg, remat=changes.pop("remat"))
         return dataclasses.replace(self, cfg=cfg, **changes)

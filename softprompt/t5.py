@@ -181,6 +181,9 @@ def _int8_product_backward(spec, dtype, saved, grad):
     inputs, out = spec.split("->")
     of_x, of_y = inputs.split(",")
     grad, values = jax.lax.optimization_barrier((grad, values))
+    # The CPU backend drops barriers before it merges equal operations, and would take the forward
+    # pass's copy: zeros that no compiler may assume (they could be NaN) make this another one.
+    values = values + (0 * scale).astype(values.dtype)
     grad = (grad.astype(jnp.float32) * scale.reshape(-1)).astype(like.dtype)
     back = _einsum(f"{out},{of_y}->{of_x}", grad, values.astype(like.dtype), like.dtype)
     return back, None, None

@@ -136,7 +136,7 @@ def compiler_options(cfg: T5Config, frozen: tree.Flat) -> dict[str, Any]:
     lean = cfg.remat != "none" or any(x.dtype == jnp.int8 for x in frozen.values())
     if not lean or jax.default_backend() != "cpu":
         return {}
-    return {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+    return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
 def _accumulated(loss_fn, trainable, batch, key, parts: int):
