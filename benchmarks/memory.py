@@ -5,6 +5,10 @@
 For each batch size a process of its own compiles the train step, makes random weights, takes two
 steps, and reads from the kernel by how much its resident memory rose at most (VmHWM, reset once the
 step is compiled, so that the compiler's own memory does not count).
+
+    python benchmarks/memory.py --table [--batch 8]
+
+prints the dry run's figures alone, for T5 1.1 small to XXL with bfloat16 and int8 weights.
 """
 
 import argparse
@@ -65,6 +69,20 @@ def measure(run: memory.Run) -> int:
     return status("VmHWM") - before
 
 
+def table(args: argparse.Namespace) -> None:
+    """A line for each size, type of the weights and policy of rematerialisation."""
+    print("| T5 1.1 | weights | REMAT | weights, GiB | temporaries, GiB | peak, GiB |")
+    print("| --- | --- | --- | --- | --- | --- |", flush=True)
+    for size in ("small", "base", "large", "xl", "xxl"):
+        for weights in (None, "int8"):
+            for remat in t5.REMAT:
+                args.size, args.weights, args.remat = f"t5_1_1_{size}", weights, remat
+                found = memory.need(run_of(args, args.batch[0]))
+                sizes = (found.weights, found.temporaries, found.peak)
+                cells = " | ".join(f"{n / 2**30:.2f}" for n in sizes)
+                print(f"| {size} | {weights or args.dtype} | {remat} | {cells} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="t5_1_1_small", choices=list(t5.SIZES))
@@ -74,7 +92,12 @@ def main() -> None:
     parser.add_argument("--remat", default="none", choices=t5.REMAT)
     parser.add_argument("--microbatches", type=int, default=1)
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--table", action="store_true", help="the dry run's figures, all sizes")
     args = parser.parse_args()
+    if args.table:
+        args.dtype = "bfloat16"
+        table(args)
+        return
     if args.one:
         run = run_of(args, args.batch[0])
         print(json.dumps([memory.need(run).peak, measure(run)]))

@@ -175,7 +175,8 @@ def _dry_run(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> int:
     if settings["loss"] == launch.evaluation.LABELS:
         _import_tensorflow()
         labels = launch.label_count(settings)
-    print(memory.dry_run(settings, args.device_memory, labels), flush=True)
+    for text in memory.dry_run(settings, args.device_memory, labels):
+        print(text, flush=True)
     return 0
 
 

@@ -6,7 +6,7 @@ hand; XLA's buffer assignment then says what it needs. Nothing of the backbone i
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -287,8 +287,8 @@ def of_settings(settings: Mapping[str, Any], mesh: jax.sharding.Mesh, labels: in
     )
 
 
-def report(run: Run, found: Need, limit: int | None, suggested: Sequence[tuple[Run, Need]]) -> str:
-    """What a dry run prints."""
+def report(run: Run, found: Need, limit: int | None) -> str:
+    """What a dry run prints of the run as it is."""
     gib = 2**30
     kept = run.weights or jnp.dtype(run.cfg.dtype).name
     lines = [
@@ -306,15 +306,21 @@ def report(run: Run, found: Need, limit: int | None, suggested: Sequence[tuple[R
         return "\n".join(lines)
     fits = "fits" if found.peak <= limit else "does not fit"
     lines.append(f"  {'device':28} {limit / gib:9.3f}  {fits}")
-    for other, needed in suggested:
-        if other != run:
-            lines.append(f"fits: {describe(other)}: peak {needed.peak / gib:.3f}")
+    return "\n".join(lines)
+
+
+def advice(run: Run, suggested: Sequence[tuple[Run, Need]]) -> str:
+    """What a dry run prints of other settings."""
     if not suggested:
-        lines.append(
+        return (
             "nothing that was tried fits: use a larger MODEL_PARTITIONS, shorter "
             "TASK_FEATURE_LENGTHS or a smaller BATCH_SIZE"
         )
-    return "\n".join(lines)
+    if suggested[0][0] == run:
+        return "twice the batch size is not expected to fit"
+    return "\n".join(
+        f"fits: {describe(other)}: peak {needed.peak / 2**30:.3f}" for other, needed in suggested
+    )
 
 
 NAMES = {
@@ -335,10 +341,17 @@ def describe(run: Run) -> str:
     )
 
 
-def dry_run(settings: Mapping[str, Any], stated: str | None = None, labels: int = 0) -> str:
-    """The report for `launch.train`'s keyword arguments; `stated` is the device's memory."""
+def dry_run(
+    settings: Mapping[str, Any], stated: str | None = None, labels: int = 0
+) -> Iterator[str]:
+    """What `launch.train` with these keyword arguments needs, then what fits, as texts.
+
+    `stated` is the device's memory. The second text takes a few more compilations.
+    """
     mesh = settings["mesh"]()
     run = of_settings(settings, mesh, labels)
     limit = parse_size(stated) if stated else device_memory(mesh)
     found = need(run)
-    return report(run, found, limit, suggest(run, found, limit) if limit else [])
+    yield report(run, found, limit)
+    if limit is not None:
+        yield advice(run, suggest(run, found, limit))
