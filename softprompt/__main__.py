@@ -11,6 +11,9 @@ GIN_COMMANDS = ("train", "population", "eval", "infer", "baseline", "sweep", "tr
 # Commands that several processes can run together, and how they find each other.
 JOB_COMMANDS = ("train", "eval")
 JOB_FLAGS = ("coordinator_address", "num_processes", "process_id", "distributed")
+# What a run must be given, but the memory it needs does not depend on.
+NOT_FOR_DRY_RUNS = ("MODEL_DIR", "MIXTURE_OR_TASK_NAME", "INITIAL_CHECKPOINT_PATH", "CORPUS",
+                    "VOCABULARY_FILE")  # fmt: skip
 USER_DATA_FLAGS = {
     "train_file": "TRAIN_FILE",
     "validation_file": "VALIDATION_FILE",
@@ -137,6 +140,14 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--test_file")
         command.add_argument("--template", help='text of a row, such as "review: {text}"')
         command.add_argument("--labels", help="label names, separated by commas")
+        if name == "train":
+            command.add_argument(
+                "--dry_run", action="store_true",
+                help="print what memory the run needs per device, and what fits; load nothing",
+            )  # fmt: skip
+            command.add_argument(
+                "--device_memory", help="of each device, such as 80GiB (default: as it says itself)"
+            )
         if name != "infer":
             command.add_argument("--target", help="field that holds the label or target text")
     quick = commands.add_parser("quickstart", help="tune a prompt on the embedded default")
@@ -214,19 +225,34 @@ def split_gin(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]
     return rest, bindings
 
 
+def _dry_run(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> int:
+    """Prints what the run that these arguments describe needs; of data it reads nothing."""
+    from softprompt import config, launch, memory
+
+    search_paths = [p for p in args.gin_search_paths.split(",") if p]
+    config.parse(args.gin_file, bindings, search_paths, optional=NOT_FOR_DRY_RUNS)
+    settings = config.arguments(launch.train)
+    labels = 0
+    if settings["loss"] == launch.evaluation.LABELS:
+        _import_tensorflow()
+        labels = launch.label_count(settings)
+    for text in memory.dry_run(settings, args.device_memory, labels):
+        print(text, flush=True)
+    return 0
+
+
 def _run_gin(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> int:
+    if getattr(args, "device_memory", None) and not args.dry_run:
+        raise ValueError("--device_memory is for --dry_run")
+    if getattr(args, "dry_run", False):
+        return _dry_run(args, [*_user_data(args), *bindings, *_gin_bindings(args)])
     _import_tensorflow()
     import seqio
 
     from softprompt import config, launch
     from softprompt.tasks import sources
 
-    for binding in args.gin_bindings:
-        name, equals, value = binding.partition("=")
-        if not equals:
-            raise ValueError(f"--gin_bindings {binding!r}: expected NAME=VALUE")
-        bindings.append((name.strip(), value.strip()))
-    bindings = [*_user_data(args), *bindings]
+    bindings = [*_user_data(args), *bindings, *_gin_bindings(args)]
     if args.ignore_fingerprint and args.command in ("train", "eval", "infer"):
         bindings.append(("IGNORE_FINGERPRINT", "True"))
     if args.data_dir:
@@ -255,6 +281,17 @@ def _run_gin(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> int:
     with config.errors():
         config.configured(getattr(launch, args.command))()
     return 0
+
+
+def _gin_bindings(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """What `--gin_bindings` gives, as T5X has it."""
+    bindings = []
+    for binding in args.gin_bindings:
+        name, equals, value = binding.partition("=")
+        if not equals:
+            raise ValueError(f"--gin_bindings {binding!r}: expected NAME=VALUE")
+        bindings.append((name.strip(), value.strip()))
+    return bindings
 
 
 def _user_data(args: argparse.Namespace) -> list[tuple[str, str]]:

@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 from softprompt import backbone as backbones
-from softprompt import data, evaluation, hosts, optim, partition, prompted, report, train, voting
+from softprompt import data, evaluation, optim, partition, prompted, report, train, voting
 from softprompt import population as populations
 from softprompt import prompt as prompts
 from softprompt.backbone import Backbone
@@ -64,13 +64,19 @@ def load_backbone(
     path: str | os.PathLike = "embedded",
     dtype: Any = "float32",
     vocabulary_file: str | os.PathLike | None = None,
+    weights: str | None = None,
+    remat: str = "none",
 ) -> Backbone:
     """Loads a frozen T5, by default the one that the package carries.
 
     `path` may be a folder of ours, of Hugging Face's or of T5X's, or a hub name; `vocabulary_file`
-    a SentencePiece model where the source brings none. See `backbone.load`.
+    a SentencePiece model where the source brings none. `weights='int8'` keeps matrices as int8,
+    with activations in `dtype`; `remat` ('minimal', 'full') saves memory in `tune`. See
+    `backbone.load` and docs/memory.md.
     """
-    return backbones.load(path, dtype, vocabulary_file=vocabulary_file)
+    return backbones.load(
+        path, dtype, vocabulary_file=vocabulary_file, weights=weights, remat=remat
+    )
 
 
 def load_prompt(
@@ -164,6 +170,7 @@ def tune(
     seed: int = 0,
     prompt_depth: int | str = 1,
     reparameterisation: Mlp | None = None,
+    microbatches: int = 1,
 ) -> Prompt:
     """Tunes a prompt for a frozen backbone and returns the best one.
 
@@ -180,6 +187,7 @@ def tune(
       model_dir: where checkpoints, prompts and figures go; the same call goes on from there.
       prompt_depth: encoder layers that read the prompt anew, or 'all'; 1 is the input alone.
       reparameterisation: a network that the prompt is trained behind (`reparameterise.Mlp()`).
+      microbatches: equal parts that a batch is computed in, one after the other, to save memory.
 
     Returns:
       The prompt of the best validation, or of the last step without `validation_data`.
@@ -257,6 +265,7 @@ def _tuning(
     seed: int,
     prompt_depth: int | str,
     reparameterisation: Mlp | None,
+    microbatches: int,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The arguments of `train.fit` for those of `tune`, and what the prompt's metadata say.
 
@@ -278,14 +287,13 @@ def _tuning(
         if labels is not None and text not in labels:
             raise ValueError(f"the target {text!r} is not among the labels {list(labels)}")
     init = prompt_init or (prompts.class_labels if labels else prompts.sampled_vocab)
-    embedding = hosts.fetch(backbone.params["token_embedder/embedding"]).astype(np.float32)
-    source = prompts.Source(embedding, backbone.vocabulary, labels, backbone)
+    source = prompts.Source(backbone.embedding(), backbone.vocabulary, labels, backbone)
     initial = init(jax.random.key(seed), prompt_length, source)
     deep = prompts.deep_rows(backbone, initial, prompt_depth)
     loss = loss or (evaluation.LABELS if labels else evaluation.TOKENS)
     label_ids = evaluation.training_labels(loss, [examples], [labels], backbone.vocabulary)
     slots = prompted.slots(backbone.cfg.vocab_size, prompt_length)
-    batch_size = data.round_up(batch_size, backbone.mesh.shape["data"])
+    batch_size = train.rows_for(batch_size, backbone.mesh, microbatches)
     own = partition.local_rows(backbone.mesh, batch_size)
 
     run_evaluation = None
@@ -299,6 +307,7 @@ def _tuning(
     about = {
         "backbone": backbone.name,
         "backbone_fingerprint": backbone.fingerprint,
+        "backbone_weights": backbone.weights,
         "task": examples.name,
         "prompt_length": prompt_length,
         "initialisation": getattr(init, "__name__", str(init)),
@@ -328,6 +337,7 @@ def _tuning(
         save=save,
         identity={**about, "batch_size": batch_size},
         seed=seed,
+        microbatches=microbatches,
         label_ids=label_ids,
         deep=deep,
         reparameterisation=reparameterisation,

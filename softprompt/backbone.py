@@ -7,13 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from softprompt import checkpoint, formats, partition, tree
+from softprompt import checkpoint, formats, int8, partition, tree
 from softprompt.logbook import track
 from softprompt.prompted import PromptedT5
 from softprompt.t5 import T5Config
 from softprompt.vocabulary import AnyVocabulary
+
+WEIGHTS = (None, "int8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +25,10 @@ class Backbone:
     Attributes:
       name: what it calls itself.
       cfg: its architecture.
-      params: flat tree of its parameters, on the mesh.
+      params: flat tree of its parameters, on the mesh; with scales, where weights are int8.
       vocabulary: None where the source has none.
-      fingerprint: of the stored values; a prompt remembers it.
+      fingerprint: of the values as they are stored, whatever type they are loaded as; a prompt
+        remembers it, and beside it `weights`.
       mesh: the devices it lies on.
       metadata: its provenance, as the source states it.
     """
@@ -38,11 +41,47 @@ class Backbone:
     mesh: Mesh
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    @property
+    def weights(self) -> str:
+        """The type that the matrices are kept as: 'float32', 'bfloat16', 'float16' or 'int8'."""
+        return str(self.params["token_embedder/embedding"].dtype)
+
+    def embedding(self) -> np.ndarray:
+        """The token embedding `[V, H]` in float32, on the host."""
+        return hosts.fetch(int8.value(self.params, "token_embedder/embedding")).astype(np.float32)
+
 
 def abstract(cfg: T5Config, rows: int = 0) -> dict[str, Any]:
     """Shapes and logical axes (`params`, `params_axes`) of a prompted T5, without computing."""
     ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     return jax.eval_shape(PromptedT5(cfg, rows).init, jax.random.key(0), ids, ids)
+
+
+def layout(
+    cfg: T5Config, mesh: Mesh, weights: str | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape, type and sharding of every array of a backbone in memory, before it is there.
+
+    Args:
+      weights: 'int8' for matrices as int8 with scales, None for `cfg.dtype`.
+
+    A scale is cut over the mesh as its matrix is, but for the axis that it spans.
+    """
+    if weights not in WEIGHTS:
+        raise ValueError(f"WEIGHTS is {weights!r}, expected None (as DTYPE) or 'int8'")
+    variables = abstract(cfg)
+    found = {}
+    for path, place in partition.shardings(variables, mesh).items():
+        shape = tree.flatten(variables["params"])[path].shape
+        narrow = weights == "int8" and int8.kept(path)
+        dtype = jnp.int8 if narrow else cfg.dtype
+        found[path] = jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+        if narrow:
+            axis, spec = int8.scale_axis(path), list(place.spec)
+            shape, spec[axis] = tuple(1 if i == axis else n for i, n in enumerate(shape)), None
+            spread = NamedSharding(mesh, PartitionSpec(*spec))
+            found[path + int8.SCALE] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=spread)
+    return found
 
 
 def load(
@@ -52,11 +91,16 @@ def load(
     mesh: Mesh | None = None,
     vocabulary_file: str | os.PathLike | None = None,
     relative_max_distance: int | None = None,
+    weights: str | None = None,
+    remat: str = "none",
 ) -> Backbone:
     """Loads a backbone onto `mesh` (default: all devices as data), weights as `dtype`.
 
     Tensor by tensor, straight into the sharded arrays: of several processes each reads every
-    tensor (the fingerprint is of them all) and keeps the shards of its own devices. `path`,
+    tensor (the fingerprint is of them all) and keeps the shards of its own devices. With `weights`
+    'int8' kernels, embedding and head are kept as int8 with float32 scales (see `int8`), the rest
+    and all activations as `dtype`; a source that holds int8 is taken as it is. `remat` is one of
+    `t5.REMAT`. `path`,
     `vocabulary_file` and `relative_max_distance`: see `formats.open_stored`.
 
     Raises:
@@ -65,18 +109,25 @@ def load(
     """
     stored = formats.open_stored(path, vocabulary_file, relative_max_distance)
     mesh = mesh or partition.make_mesh()
-    cfg = dataclasses.replace(stored.cfg, dropout_rate=dropout_rate, dtype=jnp.dtype(dtype))
-    variables = abstract(cfg)
+    cfg = dataclasses.replace(
+        stored.cfg, dropout_rate=dropout_rate, dtype=jnp.dtype(dtype), remat=remat
+    )
     check(stored)
-    places = partition.shardings(variables, mesh)
+    shapes = layout(cfg, mesh, weights)
     fingerprint, params = tree.Fingerprint(), {}
     count = len(stored.shapes)
     for name in track(sorted(stored.shapes), f"loading {stored.name}", "tensors", count):
-        x = stored.read(name)
+        x = np.asarray(stored.read(name))
         fingerprint.add(name, x)
-        params[name] = partition.place(np.asarray(x).astype(cfg.dtype), places[name])
-        # One tensor at a time: the copy is done before the next one is read.
-        params[name].block_until_ready()
+        arrays = {name: x}
+        if name + int8.SCALE in shapes:
+            pair = stored.read_int8(name) or int8.quantize(name, x.astype(np.float32))
+            arrays = dict(zip((name, name + int8.SCALE), pair, strict=True))
+        for key, x in arrays.items():
+            x = np.asarray(x).astype(shapes[key].dtype)
+            params[key] = partition.place(x, shapes[key].sharding)
+            # One tensor at a time: the copy is done before the next one is read.
+            params[key].block_until_ready()
     if stored.fingerprint not in (None, str(fingerprint)):
         raise checkpoint.CorruptFile(
             f"{stored.where!r} is corrupt: its weights have the fingerprint {fingerprint}, its "
@@ -101,18 +152,32 @@ def random(
     vocabulary: AnyVocabulary | None = None,
     mesh: Mesh | None = None,
     name: str = "random",
+    weights: str | None = None,
 ) -> Backbone:
-    """A freshly initialised backbone, for pre-training and tests."""
+    """A freshly initialised backbone in float32, for pre-training and tests.
+
+    With `weights` 'int8' it is laid out as `load` would have it.
+    """
     if vocabulary is not None:
         check_vocabulary(vocabulary, cfg)
     mesh = mesh or partition.make_mesh()
-    variables = abstract(cfg)
+    shapes = layout(cfg, mesh, weights)
     ids = jnp.zeros((1, 8), jnp.int32)
 
     def init():
-        return tree.flatten(PromptedT5(cfg).init(jax.random.key(seed), ids, ids)["params"])
+        params = tree.flatten(PromptedT5(cfg).init(jax.random.key(seed), ids, ids)["params"])
+        if weights is None:
+            return params
+        found = {}
+        for path, x in params.items():
+            if path + int8.SCALE in shapes:
+                found[path], found[path + int8.SCALE] = int8.quantize(path, x, jnp)
+            else:
+                found[path] = x.astype(cfg.dtype)
+        return found
 
-    params = jax.jit(init, out_shardings=partition.shardings(variables, mesh))()
+    places = {path: x.sharding for path, x in shapes.items()}
+    params = jax.jit(init, out_shardings=places)()
     return Backbone(name, cfg, params, vocabulary, tree.fingerprint(params), mesh)
 
 

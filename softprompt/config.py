@@ -7,6 +7,7 @@ The only module that imports gin. Gin files name our functions through gin's dyn
 import ast
 import contextlib
 import difflib
+import inspect
 import logging
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -26,10 +27,12 @@ def parse(
     bindings: Sequence[tuple[str, str]] = (),
     search_paths: Sequence[str] = (),
     complete: bool = True,
+    optional: Sequence[str] = (),
 ) -> None:
     """Parses gin files, then `(NAME, value)` bindings over them.
 
-    Unless `complete`, required macros may still lack their values.
+    Unless `complete`, required macros may still lack their values; those that are `optional`
+    become None.
 
     Files resolve from the working directory, then `search_paths`, then the shipped `gin/` folder.
 
@@ -57,6 +60,9 @@ def parse(
             gin.parse_config(f"{name} = {literal(value)}")
     # Gin keeps a reference to its constant, which is resolved only when a function is called.
     missing = [name for name, value in macros().items() if str(value) == "%gin.REQUIRED"]
+    for name in set(missing) & set(optional):
+        gin.parse_config(f"{name} = None")
+    missing = [name for name in missing if name not in optional]
     if missing and complete:
         flags = " ".join(f"--gin.{name}=…" for name in missing)
         raise ValueError(f"required gin macros have no value: {', '.join(missing)}; give {flags}")
@@ -126,6 +132,16 @@ def macros() -> dict[str, Any]:
 def configured(function: Callable) -> Callable:
     """The function with its gin bindings applied."""
     return gin.get_configurable(function)
+
+
+def arguments(function: Callable) -> dict[str, Any]:
+    """The keyword arguments that gin would call the function with, its defaults among them."""
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.default is not parameter.empty
+    }
+    return defaults | gin.get_bindings(f"{function.__module__.split('.')[-1]}.{function.__name__}")
 
 
 @contextlib.contextmanager

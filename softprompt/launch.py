@@ -27,6 +27,7 @@ from softprompt import (
     data,
     evaluation,
     hosts,
+    int8,
     optim,
     partition,
     prompt,
@@ -104,11 +105,15 @@ def _load_backbone(
     dtype: str,
     dropout_rate: float,
     seed: int,
+    weights: str | None,
+    remat: str,
 ) -> Backbone:
     from softprompt import t5
 
     if path is not None:
-        loaded = backbones.load(path, dtype, dropout_rate, mesh, vocabulary_file)
+        loaded = backbones.load(
+            path, dtype, dropout_rate, mesh, vocabulary_file, weights=weights, remat=remat
+        )
         if architecture is not None:
             expected = t5.config(architecture).to_json()
             if loaded.cfg.to_json() != expected:
@@ -120,8 +125,8 @@ def _load_backbone(
     if architecture is None:
         raise ValueError("give INITIAL_CHECKPOINT_PATH, or ARCHITECTURE to start from scratch")
     vocabulary = open_vocabulary(vocabulary_file) if vocabulary_file else None
-    cfg = t5.config(architecture, dropout_rate, dtype)
-    return backbones.random(cfg, seed, vocabulary, mesh, name=architecture)
+    cfg = dataclasses.replace(t5.config(architecture, dropout_rate, dtype), remat=remat)
+    return backbones.random(cfg, seed, vocabulary, mesh, architecture, weights)
 
 
 class Shared:
@@ -203,6 +208,9 @@ def train(
     backbone_name: str | None = None,
     backbone_dtype: str = "float32",
     backbone_steps: Sequence[int] = (),
+    weights: str | None = None,
+    remat: str = "none",
+    microbatches: int = 1,
     fit: Callable[..., training.Result] = training.fit,
     shared: Shared | None = None,
 ) -> training.Result:
@@ -217,9 +225,9 @@ def train(
     'labels', behind the first sentinel with `target_sentinel` (Lester et al. 2021, section 3.3:
     what span corruption taught a backbone to begin with). A trained backbone is stored as
     `backbone_name` in `backbone_dtype`, and once more as it was at each of `backbone_steps`
-    (multiples of `eval_period`). Writes to `model_dir` what the README lists. `fit` takes the place
-    of `train.fit`; what it has in common with other calls of this function is read and compiled
-    once with the same `shared`.
+    (multiples of `eval_period`). `weights` and `remat` are those of `backbone.load`. Writes to
+    `model_dir` what the README lists. `fit` takes the place of `train.fit`; what it has in common
+    with other calls of this function is read and compiled once with the same `shared`.
     """
     shared = shared or Shared()
     began = time.monotonic()
@@ -236,6 +244,7 @@ def train(
         CHECKPOINT_PERIOD=(checkpoint_period, 0),
         KEEP_CHECKPOINTS=(keep_checkpoints, 1),
         LOG_PERIOD=(log_period, 1),
+        MICROBATCHES=(microbatches, 1),
     )
     if not prompt_length and (prompt_depth != 1 or reparameterisation is not None):
         raise ValueError("PROMPT_LENGTH is 0: there is no prompt to be deep or reparameterised")
@@ -244,7 +253,7 @@ def train(
     backbone = shared(
         _load_backbone,
         initial_checkpoint_path, architecture, vocabulary_file, devices, dtype, dropout_rate,
-        seed if initial_checkpoint_path is None else 0,
+        seed if initial_checkpoint_path is None else 0, weights, remat,
     )  # fmt: skip
     vocabulary = _use_vocabulary(backbone)
     prefix = (vocabulary.sentinel(0),) if target_sentinel else ()
@@ -257,7 +266,7 @@ def train(
 
         pretraining.use_corpus(text_corpus)
     tasks = shared(_load_tasks, mixture_or_task_name, mixture_or_task_module, user_data)
-    batch_size = data.round_up(batch_size, devices.shape["data"])
+    batch_size = training.rows_for(batch_size, devices, microbatches)
     own = partition.local_rows(devices, batch_size)
     slots = prompted.slots(backbone.cfg.vocab_size, prompt_length)
 
@@ -268,7 +277,7 @@ def train(
             jax.random.key(seed),
             prompt_length,
             prompt.Source(
-                hosts.fetch(backbone.params["token_embedder/embedding"]).astype(np.float32),
+                backbone.embedding(),
                 vocabulary,
                 class_labels[0],
                 backbone,
@@ -291,7 +300,7 @@ def train(
                 say(message)
         rates = [rate for _, rate in tasks]
         if pack_length:
-            over = devices.shape["data"]
+            over = devices.shape["data"] * microbatches
             batches = data.Packing(parts, rates, batch_size, seed, slots, pack_length, over)
             own = partition.local_rows(devices, batches.shape[0])
             batches = dataclasses.replace(batches, own=own)
@@ -319,10 +328,12 @@ def train(
     )  # fmt: skip
 
     def save_backbone(path: pathlib.Path, params: tree.Flat, note: dict[str, Any]) -> str:
-        weights = {k: v for k, v in params.items() if not k.startswith("prompt/")}
+        arrays = {k: v for k, v in params.items() if not k.startswith("prompt/")}
+        if backbone.weights == "int8":
+            arrays = {k: int8.value(arrays, k) for k in int8.parameters(arrays)}
         name = backbone_name or backbone.name
         note = {"task": mixture_or_task_name, "trained_from": _origin(backbone), **note}
-        stored = Stored.of(name, backbone.cfg, weights, vocabulary, note)
+        stored = Stored.of(name, backbone.cfg, arrays, vocabulary, note)
         return native.save(path, stored, backbone_dtype)
 
     def run_evaluation(flat: tree.Flat, step: int) -> dict[str, float]:
@@ -341,6 +352,7 @@ def train(
     about = {
         "backbone": backbone.name,
         "backbone_fingerprint": backbone.fingerprint,
+        "backbone_weights": backbone.weights,
         "task": mixture_or_task_name,
         "prompt_length": prompt_length,
         "initialisation": getattr(prompt_init, "__name__", str(prompt_init)),
@@ -362,11 +374,14 @@ def train(
     task_labels = {task.name: own for (task, _), own in zip(tasks, class_labels, strict=True)}
     cost = _cost(backbone, initial, deep, reparameterisation, trainable, backbone_dtype)
     _write_run_files(folder, backbone, {**about, "labels": task_labels, **cost})
-    count = tree.count({k: v for k, v in backbone.params.items()})
+    count = tree.count({k: backbone.params[k] for k in int8.parameters(backbone.params)})
+    # What is loaded in fewer bits than it is stored in has another one than the backbone.
+    before = tree.fingerprint(backbone.params) if backbone.weights != "float32" else None
     say(
-        f"backbone {backbone.name} ({count / 1e6:.1f}M parameters, fingerprint "
-        f"{backbone.fingerprint}), mesh {dict(devices.shape)}, prompt length {prompt_length}, "
-        f"task {mixture_or_task_name}, ready after {duration(time.monotonic() - began)}"
+        f"backbone {backbone.name} ({count / 1e6:.1f}M parameters in {backbone.weights}, "
+        f"fingerprint {backbone.fingerprint}), mesh {dict(devices.shape)}, prompt length "
+        f"{prompt_length}, task {mixture_or_task_name}, "
+        f"ready after {duration(time.monotonic() - began)}"
     )
     say(
         f"trainable parameters {cost['trainable_parameters']:,} "
@@ -400,6 +415,7 @@ def train(
         z_loss=z_loss,
         label_smoothing=label_smoothing,
         label_ids=label_ids,
+        microbatches=microbatches,
         **({} if deep is None else {"deep": deep}),
         **({} if reparameterisation is None else {"reparameterisation": reparameterisation}),
     )
@@ -408,7 +424,7 @@ def train(
     if only_prompt:
         after = tree.fingerprint(backbone.params)
         path = folder / "prompts" / "best.safetensors"
-        say(f"backbone fingerprint before {backbone.fingerprint}, after {after}")
+        say(f"backbone fingerprint before {before or backbone.fingerprint}, after {after}")
         kept = size(path.stat().st_size) if hosts.first() else None
         say(f"best prompt of step {result.best_step}: {path} ({kept})")
     else:
@@ -452,6 +468,21 @@ def _cost(
         "parameters_per_task": tree.count(kept),
         "bytes_per_task": bytes_kept,
     }
+
+
+def label_count(settings: Mapping[str, Any]) -> int:
+    """How many labels the task that `train`'s arguments name has, read off its definition."""
+    if settings["mixture_or_task_name"] is None:
+        raise ValueError("LOSS 'labels' needs MIXTURE_OR_TASK_NAME, whose number of labels decides")
+    tasks = _load_tasks(
+        settings["mixture_or_task_name"],
+        settings["mixture_or_task_module"],
+        settings["user_data"],
+    )
+    counts = [len(evaluation.label_classes(task) or ()) for task, _ in tasks]
+    if not min(counts):
+        raise ValueError(f"the task {settings['mixture_or_task_name']!r} has no labels")
+    return max(counts)
 
 
 def _origin(backbone: Backbone) -> dict[str, Any]:
@@ -507,6 +538,10 @@ def _prompted(
     if prompt_file is None:
         return flat, 0
     found = prompt.load_parameters(prompt_file, backbone, ignore_fingerprint)
+    _, _, metadata = prompt.load_deep(prompt_file)
+    trained_on = metadata.get("backbone_weights", backbone.weights)
+    if trained_on != backbone.weights:
+        say(f"{prompt_file}: trained on {trained_on} weights, these are {backbone.weights}")
     everywhere = partition.replicated(backbone.mesh)
     flat |= {name: partition.place(x, everywhere) for name, x in found.items()}
     return flat, len(found[training.PROMPT])
@@ -562,6 +597,7 @@ def eval(
     dtype: str = "float32",
     vocabulary_file: str | None = None,
     ignore_fingerprint: bool = False,
+    weights: str | None = None,
 ) -> dict[str, float]:
     """Evaluates a prompt (None: the bare backbone) on a task's split; prints figures as JSON.
 
@@ -571,7 +607,11 @@ def eval(
     """
     _check_settings(dtype, task_feature_lengths, BATCH_SIZE=(batch_size, 1), BEAMS=(beams, 1))
     backbone = backbones.load(
-        initial_checkpoint_path, dtype, mesh=mesh(), vocabulary_file=vocabulary_file
+        initial_checkpoint_path,
+        dtype,
+        mesh=mesh(),
+        vocabulary_file=vocabulary_file,
+        weights=weights,
     )
     vocabulary = _use_vocabulary(backbone)
     files = None if prompt_files is None else _listed(prompt_files)
@@ -668,13 +708,18 @@ def baseline(
     mesh: Callable[[], jax.sharding.Mesh] = partition.make_mesh,
     dtype: str = "float32",
     vocabulary_file: str | None = None,
+    weights: str | None = None,
 ) -> dict[str, float]:
     """Evaluates what prompt tuning is held against (see `baselines`); prints figures as JSON."""
     if method not in baselines.METHODS:
         raise ValueError(f"METHOD is {method!r}, expected one of {', '.join(baselines.METHODS)}")
     _check_settings(dtype, task_feature_lengths, BATCH_SIZE=(batch_size, 1), SHOTS=(shots, 0))
     backbone = backbones.load(
-        initial_checkpoint_path, dtype, mesh=mesh(), vocabulary_file=vocabulary_file
+        initial_checkpoint_path,
+        dtype,
+        mesh=mesh(),
+        vocabulary_file=vocabulary_file,
+        weights=weights,
     )
     vocabulary = _use_vocabulary(backbone)
     found = _load_tasks(mixture_or_task_name, mixture_or_task_module, user_data)
@@ -812,6 +857,7 @@ def infer(
     dtype: str = "float32",
     vocabulary_file: str | None = None,
     ignore_fingerprint: bool = False,
+    weights: str | None = None,
 ) -> int:
     """Predicts a text (or, with `labels`, the likeliest label) for each row of a JSONL or CSV file.
 
@@ -834,7 +880,11 @@ def infer(
     else:
         texts = [records.fill(template, row) for row in rows]
     backbone = backbones.load(
-        initial_checkpoint_path, dtype, mesh=mesh(), vocabulary_file=vocabulary_file
+        initial_checkpoint_path,
+        dtype,
+        mesh=mesh(),
+        vocabulary_file=vocabulary_file,
+        weights=weights,
     )
     if named is None:
         flat, length = _prompted(backbone, prompt_file, ignore_fingerprint)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from softprompt import analysis, checkpoint, page, report_sweep, runs
+from softprompt import analysis, checkpoint, hosts, page, report_sweep, runs
 from softprompt.backbone import Backbone
 from softprompt.logbook import say, size
 from softprompt.page import Html, tag
@@ -35,8 +35,11 @@ RATES = ("loss", "tokens_per_second", "mfu")
 def attempt(folder: str | os.PathLike, backbone: Backbone | None = None) -> pathlib.Path | None:
     """Writes the report of a run that is over and returns its path; if that fails, says why.
 
-    What was computed is worth more than its report: nothing that goes wrong here ends a run.
+    What was computed is worth more than its report: nothing that goes wrong here ends a run. Of
+    several processes the first one writes.
     """
+    if not hosts.first():
+        return None
     try:
         words = None
         if backbone is not None and backbone.vocabulary is not None:

@@ -16,6 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.linen import partitioning
+from jax.ad_checkpoint import checkpoint_name
+
+from softprompt.int8 import SCALE
 
 Array = jax.Array
 # Keys and values of one attention block, each [B, S, A, D].
@@ -24,6 +27,13 @@ KV = tuple[Array, Array]
 Before = Callable[[int, Array], Array]
 
 MASKED = -1e10
+# What the backward pass recomputes: nothing; all but the outputs of dense layers; whole layers.
+REMAT = ("none", "minimal", "full")
+DENSE = "dense"
+
+
+# Fields of `T5Config` that belong to a run, not to the architecture.
+RUN_FIELDS = ("dropout_rate", "dtype", "remat")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,18 +56,21 @@ class T5Config:
     relative_max_distance: int = 128
     dropout_rate: float = 0.0
     dtype: Any = jnp.float32
+    # One of `REMAT`.
+    remat: str = "none"
 
     def to_json(self) -> dict[str, Any]:
-        """The architecture alone (no dropout, no dtype), as plain JSON values."""
+        """The architecture alone (no dropout, dtype or remat), as plain JSON values."""
         sizes = dataclasses.asdict(self)
-        del sizes["dropout_rate"], sizes["dtype"]
+        for name in RUN_FIELDS:
+            del sizes[name]
         sizes["mlp_activations"] = list(self.mlp_activations)
         return sizes
 
     @classmethod
     def from_json(cls, sizes: dict[str, Any], **overrides) -> "T5Config":
         """Inverse of `to_json`; unknown or missing names are an error naming them."""
-        fields = [f for f in dataclasses.fields(cls) if f.name not in ("dropout_rate", "dtype")]
+        fields = [f for f in dataclasses.fields(cls) if f.name not in RUN_FIELDS]
         names = {f.name for f in fields}
         required = {f.name for f in fields if f.default is dataclasses.MISSING}
         unknown, missing = sorted(set(sizes) - names), sorted(required - set(sizes))
@@ -132,7 +145,7 @@ def product(spec: str, x: Array, y: Array, dtype: Any) -> Array:
 
 
 def _product_forward(spec, x, y, dtype):
-    return product(spec, x, y, dtype), (x, y)
+    return _einsum(spec, x, y, dtype), (x, y)
 
 
 def _product_backward(spec, dtype, operands, grad):
@@ -150,6 +163,40 @@ def _product_backward(spec, dtype, operands, grad):
 product.defvjp(_product_forward, _product_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4))
+def int8_product(spec: str, x: Array, values: Array, scale: Array, dtype: Any) -> Array:
+    """`product` of `x` with a frozen int8 matrix of one scale per column of the result.
+
+    The values become `x`'s type for the moment of the product. Barriers tie that to `x` (and to
+    the gradient in the backward pass): else XLA makes the wider copies of all matrices once, and
+    keeps them through the backward pass or a whole loop.
+    """
+    x, values = jax.lax.optimization_barrier((x, values))
+    y = _einsum(spec, x, values.astype(x.dtype), jnp.float32)
+    return (y * scale.reshape(-1)).astype(dtype)
+
+
+def _int8_product_forward(spec, x, values, scale, dtype):
+    return int8_product.fun(spec, x, values, scale, dtype), (values, scale, jnp.zeros((), x.dtype))
+
+
+def _int8_product_backward(spec, dtype, saved, grad):
+    del dtype
+    values, scale, like = saved
+    inputs, out = spec.split("->")
+    of_x, of_y = inputs.split(",")
+    grad, values = jax.lax.optimization_barrier((grad, values))
+    # The CPU backend drops barriers before it merges equal operations, and would take the forward
+    # pass's copy: zeros that no compiler may assume (they could be NaN) make this another one.
+    values = values + (0 * scale).astype(values.dtype)
+    grad = (grad.astype(jnp.float32) * scale.reshape(-1)).astype(like.dtype)
+    back = _einsum(f"{out},{of_y}->{of_x}", grad, values.astype(like.dtype), like.dtype)
+    return back, None, None
+
+
+int8_product.defvjp(_int8_product_forward, _int8_product_backward)
+
+
 class Dense(nn.Module):
     """Linear map without bias on the last axis; kernel `[in, features]`."""
 
@@ -165,8 +212,13 @@ class Dense(nn.Module):
         kernel = partitioning.param_with_axes(
             "kernel", init, (fan_in, self.features), jnp.float32, axes=self.axes
         )
-        dtype = out_dtype or self.dtype
-        return product("btk,kn->btn", x.astype(self.dtype), kernel.astype(self.dtype), dtype)
+        dtype, x, spec = out_dtype or self.dtype, x.astype(self.dtype), "btk,kn->btn"
+        if kernel.dtype == jnp.int8:
+            scale = self.get_variable("params", f"kernel{SCALE}")
+            y = int8_product(spec, x, kernel, scale, dtype)
+        else:
+            y = product(spec, x, kernel.astype(self.dtype), dtype)
+        return checkpoint_name(y, DENSE)
 
 
 class LayerNorm(nn.Module):
@@ -299,7 +351,7 @@ class EncoderLayer(nn.Module):
         self.mlp = Mlp(cfg)
         self.dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
 
-    def __call__(self, x: Array, bias: Array, deterministic: bool) -> Array:
+    def whole(self, x: Array, bias: Array, deterministic: bool) -> Array:
         y = self.pre_attention_layer_norm(x)
         y = self.attention(y, self.attention.keys_values(y), bias, deterministic)
         x = x + self.dropout(y, deterministic=deterministic)
@@ -328,6 +380,13 @@ class DecoderLayer(nn.Module):
     def cross_keys_values(self, encoded: Array) -> KV:
         return self.encoder_decoder_attention.keys_values(encoded)
 
+    def whole(
+        self, x: Array, encoded: Array, self_bias: Array, cross_bias: Array, deterministic: bool
+    ) -> Array:
+        """All positions at once: `x` `[B, L, H]` and `encoded` `[B, T, H]`."""
+        kv, cross = self.self_keys_values(x), self.cross_keys_values(encoded)
+        return self(x, kv, cross, self_bias, cross_bias, deterministic)
+
     def __call__(
         self,
         x: Array,
@@ -347,6 +406,23 @@ class DecoderLayer(nn.Module):
         return x + self.dropout(y, deterministic=deterministic)
 
 
+def rematerialised(layer: type[nn.Module], remat: str, arguments: int) -> type[nn.Module]:
+    """A layer class whose method `whole` keeps for the backward pass what `remat` says.
+
+    `arguments` of it are arrays, the one after them is `deterministic`. 'full' keeps the layer's
+    inputs, 'minimal' also the outputs of its dense layers, so that no matrix of weights is
+    multiplied again (T5X's names).
+    """
+    if remat not in REMAT:
+        raise ValueError(f"REMAT is {remat!r}, expected one of {', '.join(REMAT)}")
+    if remat == "none":
+        return layer
+    policy = None
+    if remat == "minimal":
+        policy = jax.checkpoint_policies.save_only_these_names(DENSE)
+    return nn.remat(layer, policy=policy, static_argnums=(arguments + 1,), methods=["whole"])
+
+
 class TokenEmbedder(nn.Module):
     """Embedding table `[V, H]`, shared by encoder and decoder (and the head of T5 1.0)."""
 
@@ -362,9 +438,18 @@ class TokenEmbedder(nn.Module):
         )
 
     def __call__(self, ids: Array) -> Array:
-        return jnp.take(self.embedding, ids, axis=0, mode="clip").astype(self.cfg.dtype)
+        rows = jnp.take(self.embedding, ids, axis=0, mode="clip")
+        if rows.dtype == jnp.int8:
+            rows = rows * jnp.take(self._scale(), ids, axis=0, mode="clip")
+        return rows.astype(self.cfg.dtype)
+
+    def _scale(self) -> Array:
+        """Scales `[V, 1]` of an embedding kept as int8."""
+        return self.get_variable("params", f"embedding{SCALE}")
 
     def attend(self, x: Array) -> Array:
+        if self.embedding.dtype == jnp.int8:
+            return int8_product("btk,vk->btv", x, self.embedding, self._scale(), jnp.float32)
         return jnp.dot(x, self.embedding.astype(x.dtype).T, preferred_element_type=jnp.float32)
 
 
@@ -376,7 +461,8 @@ class Encoder(nn.Module):
     def setup(self):
         cfg = self.cfg
         self.relpos_bias = RelativePositionBias(cfg, bidirectional=True)
-        self.layers = [EncoderLayer(cfg) for _ in range(cfg.num_encoder_layers)]
+        layer = rematerialised(EncoderLayer, cfg.remat, arguments=2)
+        self.layers = [layer(cfg) for _ in range(cfg.num_encoder_layers)]
         self.encoder_norm = LayerNorm(cfg.dtype)
         self.input_dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
         self.output_dropout = nn.Dropout(cfg.dropout_rate)
@@ -394,7 +480,7 @@ class Encoder(nn.Module):
         for i, layer in enumerate(self.layers):
             if before is not None and i:
                 x = before(i, x)
-            x = layer(x, bias, deterministic)
+            x = layer.whole(x, bias, deterministic)
         return self.output_dropout(self.encoder_norm(x), deterministic=deterministic)
 
 
@@ -406,7 +492,8 @@ class Decoder(nn.Module):
     def setup(self):
         cfg = self.cfg
         self.relpos_bias = RelativePositionBias(cfg, bidirectional=False)
-        self.layers = [DecoderLayer(cfg) for _ in range(cfg.num_decoder_layers)]
+        layer = rematerialised(DecoderLayer, cfg.remat, arguments=4)
+        self.layers = [layer(cfg) for _ in range(cfg.num_decoder_layers)]
         self.decoder_norm = LayerNorm(cfg.dtype)
         self.dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
         if not cfg.logits_via_embedding:
@@ -421,9 +508,7 @@ class Decoder(nn.Module):
         cross_bias = jnp.where(cross_mask, 0.0, MASKED)
         y = self.dropout(y, deterministic=deterministic)
         for layer in self.layers:
-            kv = layer.self_keys_values(y)
-            cross = layer.cross_keys_values(encoded)
-            y = layer(y, kv, cross, bias, cross_bias, deterministic)
+            y = layer.whole(y, encoded, bias, cross_bias, deterministic)
         return self.dropout(self.decoder_norm(y), deterministic=deterministic)
 
     def cross_keys_values(self, encoded: Array) -> list[KV]:

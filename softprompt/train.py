@@ -16,11 +16,22 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
-from softprompt import checkpoint, decode, hosts, losses, partition, pipeline, throughput, tree
+from softprompt import (
+    checkpoint,
+    decode,
+    hosts,
+    int8,
+    losses,
+    partition,
+    pipeline,
+    throughput,
+    tree,
+)
 from softprompt.backbone import Backbone, abstract
 from softprompt.logbook import Logbook, say
 from softprompt.prompted import PromptedT5
 from softprompt.reparameterise import Mlp
+from softprompt.t5 import T5Config
 
 State = dict[str, Any]
 PROMPT = "prompt/bank"
@@ -130,24 +141,111 @@ def make_step(
     label_smoothing: float = 0.0,
     label_ids: np.ndarray | None = None,
     reparameterisation: Mlp | None = None,
+    microbatches: int = 1,
 ) -> Callable[[State, tree.Flat, dict[str, jax.Array]], State]:
     """The train step `(state, frozen, batch) -> state`, to be jitted.
 
     With `label_ids` `[C, L]` the loss is that among the labels: see `make_loss`. Only
     `state["trainable"]` is differentiated; with `reparameterisation` it is the prompt before that
-    network, and the network. For a step that is not finite see `advance`.
+    network, and the network. With `microbatches` n the batch is computed in n equal parts one after
+    the other, part i of rows i, i + n, …; their losses and gradients are summed and divided once,
+    by the count of the whole batch. For a step that is not finite see `advance`.
     """
     collapse = reparameterisation.collapse if reparameterisation else dict
     loss_fn = make_loss(module, z_loss, label_smoothing, label_ids is not None, collapse)
 
     def step(state: State, frozen: tree.Flat, batch: dict[str, jax.Array]) -> State:
         key = jax.random.fold_in(jax.random.key(seed), state["step"])
-        (mean, (loss, count)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            state["trainable"], frozen, batch, label_ids, key
-        )
+        if microbatches == 1:
+            (mean, (loss, count)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+                state["trainable"], frozen, batch, label_ids, key
+            )
+        else:
+
+            def summed(trainable, part, key):
+                return loss_fn(trainable, frozen, part, label_ids, key)[1]
+
+            loss, count, grads = _accumulated(summed, state["trainable"], batch, key, microbatches)
+            mean, grads = loss / count, jax.tree.map(lambda g: g / count, grads)
         return advance(state, optimizer, grads, mean, loss, count)
 
     return step
+
+
+def compiler_options(cfg: T5Config, frozen: tree.Flat) -> dict[str, Any]:
+    """XLA's options for a step: where memory is to be saved, its schedule must save it too.
+
+    XLA's CPU backend orders operations for concurrency unless told otherwise, and begins what the
+    backward pass recomputes, and the wider copies of int8 weights, long before they are needed.
+    """
+    lean = cfg.remat != "none" or any(x.dtype == jnp.int8 for x in frozen.values())
+    if not lean or jax.default_backend() != "cpu":
+        return {}
+    return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+
+
+def _accumulated(loss_fn, trainable, batch, key, parts: int):
+    """Sums over a batch's parts: of the loss, of its count, and of its gradient."""
+    rows = len(batch["targets"])
+    if rows % parts:
+        raise ValueError(f"a batch of {rows} rows cannot be cut into {parts} equal microbatches")
+    # Rows stay on the devices they are on: part i takes every parts-th row from row i.
+    split = jax.tree.map(
+        lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), dict(batch)
+    )
+
+    def add(sums, numbered):
+        i, part = numbered
+        (loss, count), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            trainable, part, jax.random.fold_in(key, i)
+        )
+        return jax.tree.map(jnp.add, sums, (loss, count, grads)), None
+
+    zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable))
+    return jax.lax.scan(add, zero, (jnp.arange(parts), split))[0]
+
+
+def rows_for(batch_size: int, mesh: jax.sharding.Mesh, microbatches: int) -> int:
+    """`batch_size` rounded up to rows that the mesh's data axis takes in equal microbatches.
+
+    Raises:
+      ValueError: `microbatches` does not divide `batch_size`.
+    """
+    if microbatches < 1 or batch_size % microbatches:
+        raise ValueError(
+            f"MICROBATCHES is {microbatches}, expected a divisor of BATCH_SIZE, which is "
+            f"{batch_size}"
+        )
+    return -(-batch_size // (over := mesh.shape["data"] * microbatches)) * over
+
+
+def abstract_state(
+    trainable: tree.Flat, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> State:
+    """Shapes, types and shardings of the state; `trainable` may be arrays or their shapes.
+
+    Moments are sharded as their parameters are.
+    """
+    everywhere = partition.replicated(mesh)
+
+    def place(path, leaf):
+        # Moments are dicts with the parameters' own keys.
+        param = trainable.get(getattr(path[-1], "key", None)) if path else None
+        same = param is not None and param.shape == leaf.shape
+        sharding = param.sharding if same else everywhere
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    moments = jax.eval_shape(optimizer.init, trainable)
+    scalars = {"step": jnp.int32, "loss_sum": jnp.float32, "count_sum": jnp.float32,
+               "bad_step": jnp.int32}  # fmt: skip
+    return {
+        "trainable": {
+            path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+            for path, x in trainable.items()
+        },
+        "opt": jax.tree_util.tree_map_with_path(place, moments),
+        **{k: jax.ShapeDtypeStruct((), t, sharding=everywhere) for k, t in scalars.items()},
+    }
 
 
 def init_state(
@@ -155,14 +253,8 @@ def init_state(
 ) -> State:
     """The state before the first step, sharded as its parameters are."""
     everywhere = partition.replicated(mesh)
-
-    def place(path, leaf):
-        # Moments are dicts with the parameters' own keys.
-        param = trainable.get(getattr(path[-1], "key", None)) if path else None
-        return param.sharding if param is not None and param.shape == leaf.shape else everywhere
-
-    shapes = jax.eval_shape(optimizer.init, trainable)
-    places = jax.tree_util.tree_map_with_path(place, shapes)
+    shapes = abstract_state(trainable, optimizer, mesh)["opt"]
+    places = jax.tree.map(lambda x: x.sharding, shapes)
     # A copy: the train step gives its state's buffers away.
     trainable = {path: jnp.copy(x) for path, x in trainable.items()}
     scalars = {
@@ -176,6 +268,18 @@ def init_state(
         "opt": jax.jit(optimizer.init, out_shardings=places)(trainable),
         **{name: partition.place(x, everywhere) for name, x in scalars.items()},
     }
+
+
+def check_trainable(trained: tree.Flat) -> None:
+    """Raises where a parameter that is to be trained is kept as int8."""
+    rounded = [path for path in int8.parameters(trained) if trained[path].dtype == jnp.int8]
+    rounded += [path for path in trained if path.endswith(int8.SCALE)]
+    if rounded:
+        shown = ", ".join(rounded[:3]) + (", …" if len(rounded) > 3 else "")
+        raise ValueError(
+            f"TRAINABLE names {len(rounded)} parameters that WEIGHTS 'int8' keeps as int8, which "
+            f"cannot be trained ({shown}); set WEIGHTS to None, or TRAINABLE to what is not int8"
+        )
 
 
 @contextlib.contextmanager
@@ -223,6 +327,7 @@ def fit(
     label_ids: np.ndarray | None = None,
     deep: np.ndarray | None = None,
     reparameterisation: Mlp | None = None,
+    microbatches: int = 1,
 ) -> Result:
     """Trains the parameters that `trainable` names, from step 0 or from MODEL_DIR's checkpoint.
 
@@ -245,6 +350,7 @@ def fit(
       deep: initial rows `[D - 1, P, H]` of a deep prompt: see `prompted`.
       reparameterisation: a network that the prompt is trained behind. Checkpoints hold it;
         evaluations, saved prompts and the result see the plain arrays that it makes.
+      microbatches: equal parts that a batch is computed in: see `make_step`.
 
     Raises:
       Diverged: the loss was not finite; the message names the step. What was trained before it
@@ -266,6 +372,7 @@ def fit(
         params |= {name: partition.place(x, everywhere) for name, x in beside.items()}
     collapse = reparameterisation.collapse if reparameterisation else dict
     trained, fixed = tree.split(params, trainable, frozen)
+    check_trainable(trained)
     trained = {path: x.astype(jnp.float32) for path, x in trained.items()}
     state = init_state(trained, optimizer, backbone.mesh)
     best = {"step": 0, "metric": None, "waited": 0, "metrics": {}}
@@ -279,8 +386,18 @@ def fit(
         save(start_of, {PROMPT: np.asarray(prompt, np.float32)}, {"step": 0})
     start = int(state["step"])
     step_fn = jax.jit(
-        make_step(module, optimizer, seed, z_loss, label_smoothing, label_ids, reparameterisation),
+        make_step(
+            module,
+            optimizer,
+            seed,
+            z_loss,
+            label_smoothing,
+            label_ids,
+            reparameterisation,
+            microbatches,
+        ),
         donate_argnums=0,
+        compiler_options=compiler_options(backbone.cfg, fixed),
     )
     log = Logbook(model_dir, start)
     whole = any(not path.startswith("prompt/") for path in trained)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import safetensors
 
-from softprompt import checkpoint, tree
+from softprompt import checkpoint, int8, tree
 from softprompt.formats.stored import Stored
 from softprompt.t5 import T5Config
 from softprompt.vocabulary import AnyVocabulary, ByteVocabulary, Vocabulary, open_vocabulary
@@ -22,7 +22,7 @@ MODEL_FILE = "model.safetensors"
 VOCABULARY_FILE = "spiece.model"
 # What a person should know of a backbone: its data, licences, training and limits.
 CARD_FILE = "MODEL_CARD.md"
-SCALE = ":scale"
+SCALE = int8.SCALE
 
 
 def holds(folder: pathlib.Path) -> bool:
@@ -48,12 +48,18 @@ def open_stored(
         x = arrays.read(path)
         return x * arrays.read(path + SCALE) if path + SCALE in names else x
 
+    def read_int8(path: str) -> tuple[np.ndarray, np.ndarray] | None:
+        if path + SCALE not in names:
+            return None
+        return arrays.read(path), arrays.read(path + SCALE)
+
     return Stored(
         where=str(folder / MODEL_FILE),
         name=metadata["name"],
         cfg=T5Config.from_json(metadata["architecture"]),
         shapes={k: shape for k, shape in arrays.shapes.items() if not k.endswith(SCALE)},
         read=read,
+        read_int8=read_int8,
         vocabulary=(
             open_vocabulary(vocabulary_file)
             if vocabulary_file is not None
@@ -108,10 +114,7 @@ def quantize(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         if x.ndim != 2 or x.size < 4096:
             stored[path] = x
             continue
-        axis = 1 if path.endswith("embedding") else 0
-        scale = np.maximum(np.abs(x).max(axis=axis, keepdims=True), 1e-12) / np.float32(127)
-        stored[path] = np.rint(x / scale).astype(np.int8)
-        stored[path + SCALE] = scale.astype(np.float32)
+        stored[path], stored[path + SCALE] = int8.quantize(path, x)
     return stored
 
 

@@ -25,6 +25,7 @@ class Stored:
       vocabulary: None where the source brings none.
       fingerprint: that the stored values must have, where the format records it.
       metadata: whatever else the source says of itself.
+      read_int8: our path to int8 values and scales (see `int8`), None where not stored so.
     """
 
     where: str
@@ -35,6 +36,7 @@ class Stored:
     vocabulary: AnyVocabulary | None
     fingerprint: str | None = None
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    read_int8: Callable[[str], tuple[np.ndarray, np.ndarray] | None] = lambda path: None
 
     @classmethod
     def of(

@@ -1,0 +1,357 @@
+"""Memory of a training run per device, from its compiled program, before anything is loaded.
+
+The train step is lowered from shapes, types and shardings alone, and compiled for the devices at
+hand; XLA's buffer assignment then says what it needs. Nothing of the backbone is allocated.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from softprompt import backbone as backbones
+from softprompt import data, formats, partition, prompted, t5, train, tree
+from softprompt.prompted import PromptedT5
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+# Code is generated without optimisation: it plays no part in what memory the program needs.
+CPU_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A training run's shapes.
+
+    Attributes:
+      cfg: architecture, type of activations, rematerialisation.
+      weights: 'int8', or None for `cfg.dtype`.
+      mesh: the devices.
+      optimizer: of the trained parameters.
+      prompt_length: P.
+      rows: of a batch, a multiple of the mesh's data axis times `microbatches`.
+      encoder_length: P + T.
+      targets_length: L.
+      packed: whether several examples share a row.
+      microbatches: equal parts that a batch is computed in.
+      labels: C, for the loss among the labels, 0 for that of the target text.
+      trainable, frozen: patterns of paths.
+    """
+
+    cfg: t5.T5Config
+    weights: str | None
+    mesh: jax.sharding.Mesh
+    optimizer: optax.GradientTransformation
+    prompt_length: int
+    rows: int
+    encoder_length: int
+    targets_length: int
+    packed: bool = False
+    microbatches: int = 1
+    labels: int = 0
+    trainable: Sequence[str] = ("prompt/.*",)
+    frozen: Sequence[str] = (".*",)
+
+    def but(self, **changes: Any) -> "Run":
+        """The same run with other values; `remat` goes into the configuration."""
+        cfg = changes.pop("cfg", self.cfg)
+        if "remat" in changes:
+            cfg = dataclasses.replace(cfg, remat=changes.pop("remat"))
+        return dataclasses.replace(self, cfg=cfg, **changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """Bytes that a run takes on each device, by what they are for.
+
+    `temporaries` are activations and everything else that lives within a step.
+    """
+
+    weights: int
+    trained: int
+    optimizer: int
+    batch: int
+    temporaries: int
+
+    @property
+    def peak(self) -> int:
+        return sum(dataclasses.astuple(self))
+
+
+def size_on_device(shapes: Any) -> int:
+    """Bytes of a tree of shapes on each of the devices they are spread over."""
+    return sum(
+        int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
+        for x in jax.tree.leaves(shapes)
+    )
+
+
+def lower(run: Run) -> tuple[jax.stages.Lowered, train.State, tree.Flat, dict[str, Any]]:
+    """The run's train step, lowered, with the shapes of its state, frozen parameters and batch."""
+    params: dict[str, Any] = dict(backbones.layout(run.cfg, run.mesh, run.weights))
+    if run.prompt_length:
+        variables = backbones.abstract(run.cfg, run.prompt_length)
+        place = partition.shardings(variables, run.mesh)[train.PROMPT]
+        shape = (run.prompt_length, run.cfg.emb_dim)
+        params[train.PROMPT] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
+    trained, fixed = tree.split(params, run.trainable, run.frozen)
+    train.check_trainable(trained)
+    trained = {
+        path: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding)
+        for path, x in trained.items()
+    }
+    state = train.abstract_state(trained, run.optimizer, run.mesh)
+    spread = partition.batch_sharding(run.mesh)
+    widths = {"encoder_ids": run.encoder_length, "targets": run.targets_length}
+    if run.packed:
+        widths["encoder_segments"] = run.encoder_length
+        widths["decoder_segments"] = run.targets_length
+    batch = {
+        name: jax.ShapeDtypeStruct((run.rows, width), jnp.int32, sharding=spread)
+        for name, width in widths.items()
+    }
+    label_ids = np.ones((run.labels, run.targets_length), np.int32) if run.labels else None
+    step = train.make_step(
+        PromptedT5(run.cfg, run.prompt_length),
+        run.optimizer,
+        label_ids=label_ids,
+        microbatches=run.microbatches,
+    )
+    lowered = jax.jit(step, donate_argnums=0).lower(state, fixed, batch)
+    return lowered, state, fixed, batch
+
+
+def need(run: Run) -> Need:
+    """Compiles the run's train step and reads off what it needs."""
+    lowered, state, fixed, batch = lower(run)
+    options = CPU_OPTIONS if jax.default_backend() == "cpu" else {}
+    found = lowered.compile(compiler_options=train.compiler_options(run.cfg, fixed) | options)
+    stats = found.memory_analysis()
+    if stats is None:
+        raise ValueError(f"the backend {jax.default_backend()!r} does not say what memory it needs")
+    # Results that do not lie where an argument lay.
+    fresh = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return Need(
+        weights=size_on_device(fixed),
+        trained=size_on_device(state["trainable"]),
+        optimizer=size_on_device(state["opt"]),
+        batch=size_on_device(batch),
+        temporaries=stats.temp_size_in_bytes + max(fresh, 0) + stats.generated_code_size_in_bytes,
+    )
+
+
+# --- what fits ----------------------------------------------------------------------------------
+
+
+def parse_size(text: str) -> int:
+    """Bytes of '80GiB', '24 GB' or a plain number."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B|B)?\s*", text)
+    if not found:
+        raise ValueError(
+            f"--device_memory is {text!r}, expected a number and a unit: {', '.join(UNITS)}"
+        )
+    return int(float(found[1]) * UNITS[found[2] or "B"])
+
+
+def device_memory(mesh: jax.sharding.Mesh) -> int | None:
+    """Bytes that each device has, as the runtime says; on CPU the host's, shared by its devices."""
+    device = mesh.devices.flat[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if limit is None and device.platform == "cpu":
+        try:
+            text = open("/proc/meminfo").read()
+        except OSError:
+            return None
+        limit = 1024 * int(re.search(r"MemTotal:\s+(\d+)", text)[1]) // mesh.size
+    return limit
+
+
+def suggest(
+    run: Run, first: Need, limit: int, measure: Callable[[Run], Need] = need
+) -> list[tuple[Run, Need]]:
+    """Runs that fit `limit` bytes per device, compiled, best first.
+
+    If `run`, which needs `first`, fits: the largest power of two times its rows that does. If not:
+    for every policy of rematerialisation, cheapest first, the fewest microbatches that fit; if none
+    does, the same with int8 weights. Needs grow linearly with rows, so few candidates compile.
+    """
+    if first.peak <= limit:
+        return _larger(run, first, limit, measure)
+    found = []
+    for weights in dict.fromkeys((run.weights, "int8")):
+        if weights == "int8" != run.weights and not _prompt_alone(run):
+            continue
+        for remat in t5.REMAT[t5.REMAT.index(run.cfg.remat) :]:
+            fitting = _fewest_parts(run.but(weights=weights, remat=remat), limit, measure)
+            found += [fitting] if fitting else []
+            if fitting and fitting[0].microbatches == run.microbatches:
+                break
+        if found:
+            break
+    return found
+
+
+def _prompt_alone(run: Run) -> bool:
+    return all(pattern.startswith("prompt/") for pattern in run.trainable)
+
+
+def _larger(run: Run, first: Need, limit: int, measure) -> list[tuple[Run, Need]]:
+    fixed = first.peak - first.temporaries
+    times = 1
+    while fixed + 2 * times * first.temporaries <= limit and times < 64:
+        times *= 2
+    while times > 1:
+        larger = run.but(rows=run.rows * times)
+        needed = measure(larger)
+        if needed.peak <= limit:
+            return [(larger, needed)]
+        times //= 2
+    return [(run, first)]
+
+
+def _fewest_parts(run: Run, limit: int, measure) -> tuple[Run, Need] | None:
+    """The run in the fewest microbatches that fit, or None."""
+    unit = run.mesh.shape["data"]
+    parts = [n for n in range(1, run.rows // unit + 1)
+             if run.rows // unit % n == 0 and n >= run.microbatches]  # fmt: skip
+    most = run.but(microbatches=parts[-1])
+    least_need = measure(most)
+    if least_need.peak > limit:
+        return None
+    fitting = most, least_need
+    # One row costs at most what a part of one row does: a first guess that is rather too low.
+    room = (limit - (least_need.peak - least_need.temporaries)) / least_need.temporaries
+    at = next(i for i, n in enumerate(parts) if parts[-1] / n <= room or n == parts[-1])
+    while parts[at] != parts[-1]:
+        candidate = run.but(microbatches=parts[at])
+        needed = measure(candidate)
+        if needed.peak <= limit:
+            return candidate, needed
+        at += 1
+    return fitting
+
+
+# --- from gin's values to a report --------------------------------------------------------------
+
+
+def of_settings(settings: Mapping[str, Any], mesh: jax.sharding.Mesh, labels: int = 0) -> Run:
+    """The run that `launch.train` would do with these keyword arguments, at full feature lengths.
+
+    The architecture is ARCHITECTURE's, else read off the headers of the checkpoint. How long
+    examples really are only the data tells: shorter ones need less.
+    """
+    name, path = settings.get("architecture"), settings.get("initial_checkpoint_path")
+    if name is not None:
+        cfg = t5.config(name)
+    elif path is not None:
+        cfg = formats.open_stored(path, settings.get("vocabulary_file")).cfg
+    else:
+        raise ValueError("give ARCHITECTURE or INITIAL_CHECKPOINT_PATH to say how large it is")
+    cfg = dataclasses.replace(
+        cfg,
+        dropout_rate=settings["dropout_rate"],
+        dtype=jnp.dtype(settings["dtype"]),
+        remat=settings["remat"],
+    )
+    lengths, length = settings["task_feature_lengths"], settings["prompt_length"]
+    microbatches = settings["microbatches"]
+    inputs, targets = (data.round_up(lengths[feature]) for feature in ("inputs", "targets"))
+    rows = train.rows_for(settings["batch_size"], mesh, microbatches)
+    width = length + inputs
+    if pack := settings["pack_length"]:
+        longest = [np.ones(lengths[f], np.int32) for f in ("inputs", "targets")]
+        full = data.Examples("full", [longest[0]], [longest[1]], [{}], {})
+        slots = prompted.slots(cfg.vocab_size, length)
+        over = mesh.shape["data"] * microbatches
+        rows, width, targets = data.Packing(
+            [full], [1.0], settings["batch_size"], 0, slots, pack, over
+        ).shape
+    return Run(
+        cfg=cfg,
+        weights=settings["weights"],
+        mesh=mesh,
+        optimizer=settings["optimizer"](),
+        prompt_length=length,
+        rows=rows,
+        encoder_length=width,
+        targets_length=targets,
+        packed=bool(pack),
+        microbatches=microbatches,
+        labels=labels,
+        trainable=tuple(settings["trainable"]),
+        frozen=tuple(settings["frozen"]),
+    )
+
+
+def report(run: Run, found: Need, limit: int | None) -> str:
+    """What a dry run prints of the run as it is."""
+    gib = 2**30
+    kept = run.weights or jnp.dtype(run.cfg.dtype).name
+    lines = [
+        f"one train step on {run.mesh.size} x {run.mesh.devices.flat[0].device_kind} "
+        f"(mesh {dict(run.mesh.shape)}): {describe(run)}",
+        f"encoder length {run.encoder_length} (prompt {run.prompt_length}), target length "
+        f"{run.targets_length}, weights {kept}, activations {jnp.dtype(run.cfg.dtype).name}",
+        "per device, GiB",
+    ]
+    for name, size in dataclasses.asdict(found).items():
+        lines.append(f"  {NAMES[name]:28} {size / gib:9.3f}")
+    lines.append(f"  {'peak':28} {found.peak / gib:9.3f}")
+    if limit is None:
+        lines.append("the device's memory is not known: give --device_memory=80GiB")
+        return "\n".join(lines)
+    fits = "fits" if found.peak <= limit else "does not fit"
+    lines.append(f"  {'device':28} {limit / gib:9.3f}  {fits}")
+    return "\n".join(lines)
+
+
+def advice(run: Run, suggested: Sequence[tuple[Run, Need]]) -> str:
+    """What a dry run prints of other settings."""
+    if not suggested:
+        return (
+            "nothing that was tried fits: use a larger MODEL_PARTITIONS, shorter "
+            "TASK_FEATURE_LENGTHS or a smaller BATCH_SIZE"
+        )
+    if suggested[0][0] == run:
+        return "twice the batch size is not expected to fit"
+    return "\n".join(
+        f"fits: {describe(other)}: peak {needed.peak / 2**30:.3f}" for other, needed in suggested
+    )
+
+
+NAMES = {
+    "weights": "frozen weights",
+    "trained": "trained parameters",
+    "optimizer": "optimizer state",
+    "batch": "batch",
+    "temporaries": "activations, temporaries",
+}
+
+
+def describe(run: Run) -> str:
+    """The settings that decide about memory, as gin has them."""
+    rows = "rows" if run.packed else "BATCH_SIZE"
+    return (
+        f"{rows}={run.rows} MICROBATCHES={run.microbatches} REMAT={run.cfg.remat!r} "
+        f"WEIGHTS={run.weights!r}"
+    )
+
+
+def dry_run(
+    settings: Mapping[str, Any], stated: str | None = None, labels: int = 0
+) -> Iterator[str]:
+    """What `launch.train` with these keyword arguments needs, then what fits, as texts.
+
+    `stated` is the device's memory. The second text takes a few more compilations.
+    """
+    mesh = settings["mesh"]()
+    run = of_settings(settings, mesh, labels)
+    limit = parse_size(stated) if stated else device_memory(mesh)
+    found = need(run)
+    yield report(run, found, limit)
+    if limit is not None:
+        yield advice(run, suggest(run, found, limit))
