@@ -23,6 +23,7 @@ from softprompt import (
     config,
     data,
     evaluation,
+    lengths,
     optim,
     partition,
     prompt,
@@ -132,7 +133,8 @@ def train(
     task_feature_lengths: Mapping[str, int],
     train_steps: int,
     batch_size: int = 32,
-    pack_length: int = 0,
+    pack_length: int | str = 0,
+    length_buckets: int = 1,
     initial_checkpoint_path: str | None = None,
     architecture: str | None = None,
     vocabulary_file: str | None = None,
@@ -172,9 +174,11 @@ def train(
     are read as they are needed (pre-training text) and the evaluation is the loss on the first
     `eval_examples` of `eval_split`; else examples lie in memory, packed into rows of `pack_length`
     tokens if that is not 0 (see `data.Packing`), and the task's own metrics are
-    evaluated. `loss` is that of the target 'tokens' or that of the right one among the task's
-    'labels'. A trained backbone is stored as `backbone_name` in `backbone_dtype`, and once more as
-    it was at each of `backbone_steps` (multiples of `eval_period`). Writes to `model_dir` what the
+    evaluated. `pack_length` may be 'auto' (see `lengths.pack_length`); unpacked batches have at
+    most `length_buckets` shapes (see `lengths.bucketed_batches`). `loss` is that of the target
+    'tokens' or that of the right one among the task's 'labels'. A trained backbone is stored as
+    `backbone_name` in `backbone_dtype`, and once more as it was at each of `backbone_steps`
+    (multiples of `eval_period`). Writes to `model_dir` what the
     README lists.
     """
     began = time.monotonic()
@@ -184,7 +188,8 @@ def train(
         TRAIN_STEPS=(train_steps, 1),
         BATCH_SIZE=(batch_size, 1),
         PROMPT_LENGTH=(prompt_length, 0),
-        PACK_LENGTH=(pack_length, 0),
+        PACK_LENGTH=(0 if pack_length == "auto" else pack_length, 0),
+        LENGTH_BUCKETS=(length_buckets, 1),
         EVAL_BATCH_SIZE=(eval_batch_size, 1),
         EVAL_PERIOD=(eval_period, 0),
         PATIENCE=(patience, 0),
@@ -226,31 +231,38 @@ def train(
             data.first_examples(task, eval_split, task_feature_lengths, eval_examples or 256)
             for task, _ in tasks
         ]
+        label_ids = evaluation.training_labels(loss, parts, class_labels, vocabulary)
     else:
         parts = [data.from_task(task, "train", task_feature_lengths) for task, _ in tasks]
         for part in parts:
             if message := data.cut_message(part, task_feature_lengths):
                 say(message)
         rates = [rate for _, rate in tasks]
+        label_ids = evaluation.training_labels(loss, parts, class_labels, vocabulary)
+        drawing = (parts, rates, batch_size, seed, slots)
         if pack_length:
             over = devices.shape["data"]
-            batches = data.Packing(parts, rates, batch_size, seed, slots, pack_length, over)
+            if pack_length == "auto":
+                pack_length = lengths.pack_length(*drawing, over)
+            width = 0 if label_ids is None else label_ids.shape[1]
+            batches = data.Packing(*drawing, pack_length, over, width)
             share, count = batches.fill()
             say(
                 f"packing: {batches.shape[0]} rows of {pack_length}, {100 * share:.0f}% full, "
                 f"{count:.1f} examples a batch"
             )
+        elif length_buckets > 1:
+            batches = lengths.bucketed_batches(*drawing, length_buckets)
+            share, shapes = lengths.padding(batches(0))
+            say(f"length buckets: rows of {shapes}, {100 * share:.0f}% full")
         else:
-            batches = data.train_batches(parts, rates, batch_size, seed, slots)
+            batches = data.train_batches(*drawing)
         held_out = [
             evaluation.from_task(task, eval_split, task_feature_lengths, vocabulary)
             for task, _ in tasks
             if eval_split in task.splits
         ]
         evaluation.check_metric(best_metric, held_out)
-    if pack_length and loss != evaluation.TOKENS:
-        raise ValueError(f"PACK_LENGTH is for the LOSS {evaluation.TOKENS!r}, got {loss!r}")
-    label_ids = evaluation.training_labels(loss, parts, class_labels, vocabulary)
     predictor = evaluation.Predictor(
         backbone,
         prompt_length,
@@ -322,6 +334,7 @@ def train(
             **about,
             "batch_size": batch_size,
             "pack_length": pack_length,
+            "length_buckets": length_buckets,
             "trainable": list(trainable),
         },
         seed=seed,

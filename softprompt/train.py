@@ -73,10 +73,14 @@ def make_step(
         def loss_fn(trainable):
             params, ids = tree.unflatten({**frozen, **trainable}), batch["encoder_ids"]
             if label_ids is not None:
+                segments = batch.get("encoder_segments")
+                # Packed targets lie a label's width apart.
+                examples = 1 if segments is None else batch["targets"].shape[1] // len(label_ids[0])
                 scores = decode.score_labels(
-                    module, params, ids, label_ids, key if dropout else None
+                    module, params, ids, label_ids, key if dropout else None, segments, examples
                 )
-                loss, count = losses.label_cross_entropy(scores, batch["targets"], label_ids)
+                targets = batch["targets"].reshape(*scores.shape[:-1], -1)
+                loss, count = losses.label_cross_entropy(scores, targets, label_ids)
                 return loss / count, (loss, count)
             logits = module.apply(
                 {"params": params},
