@@ -74,16 +74,19 @@ class Ours:
         rows = settings["prompt_length"]
         self.cfg, self.throughput, self.prompted = cfg, throughput, prompted
         self.slots = prompted.slots(cfg.vocab_size, rows)
+        # Placed as `train.fit` does, so that the first step compiles what all others run.
+        mesh = partition.make_mesh(devices=1)
+        put = lambda x: jax.device_put(x, partition.replicated(mesh))  # noqa: E731
         shapes = tree.flatten(backbone.abstract(cfg)["params"])
         rng = np.random.default_rng(0)
         frozen = {
-            path: jax.numpy.asarray(0.05 * rng.standard_normal(x.shape, np.float32), cfg.dtype)
+            path: put(0.05 * rng.standard_normal(x.shape, np.float32)).astype(cfg.dtype)
             for path, x in shapes.items()
         }
         bank = np.random.default_rng(0).uniform(-0.5, 0.5, (rows, cfg.emb_dim))
-        trainable = {train.PROMPT: jax.numpy.asarray(bank, jax.numpy.float32)}
+        trainable = {train.PROMPT: put(bank.astype(np.float32))}
         module, optimizer = prompted.PromptedT5(cfg, rows), optim.adafactor()
-        self.state = train.init_state(trainable, optimizer, partition.make_mesh(devices=1))
+        self.state = train.init_state(trainable, optimizer, mesh)
         self.frozen = frozen
         self.step = jax.jit(train.make_step(module, optimizer), donate_argnums=0)
         length = settings["decode_length"]
