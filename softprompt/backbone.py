@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from softprompt import checkpoint, formats, int8, partition, tree
+from softprompt import checkpoint, formats, hosts, int8, partition, tree
 from softprompt.logbook import track
 from softprompt.prompted import PromptedT5
 from softprompt.t5 import T5Config

@@ -18,7 +18,8 @@ from softprompt.vocabulary import EOS_ID, Vocabulary
 
 Batch = dict[str, np.ndarray]
 LENGTH_MULTIPLE = 8
-EVAL_BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 2048)
+# Two lengths per doubling: at most a third of a row is padding, and few shapes compile.
+EVAL_BUCKETS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,6 +216,8 @@ class Packing:
       length: T, tokens of an encoder row, slots included.
       rows_multiple: R is rounded up to it (the mesh's data axis).
       own: the rows that batches hold, of all R: see `train_batches`.
+      label_length: M, tokens of the longest label, where the loss is that among labels (else 0).
+        Targets then lie M columns apart, `[R, S·M]`, S the most examples that a row can hold.
     """
 
     parts: Sequence[Examples]
@@ -225,6 +228,7 @@ class Packing:
     length: int
     rows_multiple: int = 1
     own: slice = dataclasses.field(default_factory=lambda: slice(None))
+    label_length: int = 0
 
     def __post_init__(self):
         need = len(self.slots) + max(len(ids) for part in self.parts for ids in part.inputs)
@@ -245,9 +249,17 @@ class Packing:
         each = len(self.slots) + self._mean("inputs")
         rows = round_up(max(1, round(self.batch_size * each / (0.97 * self.length))),
                         self.rows_multiple)  # fmt: skip
+        if self.label_length:
+            return rows, self.length, self.segments * self.label_length
         # Room for the targets of a full row, half as long again as they are on the average.
         targets = round_up(int(1.5 * self.length / each * self._mean("targets")) + 1)
         return rows, self.length, max(targets, max(longest(part.targets) for part in self.parts))
+
+    @functools.cached_property
+    def segments(self) -> int:
+        """S, the most examples that a row can hold."""
+        shortest = min(len(ids) for part in self.parts for ids in part.inputs)
+        return self.length // (len(self.slots) + shortest)
 
     def rows(self) -> Iterator[list[list[tuple[Examples, int]]]]:
         """The examples of every row, batch by batch, from the first batch on."""
@@ -308,6 +320,8 @@ class Packing:
                     packed[name][r, place] = ids
                     packed[f"{side}_segments"][r, place] = number
                     at[side] += len(ids)
+                if self.label_length:
+                    at["decoder"] = number * self.label_length
         return packed
 
     def fill(self, batches: int = 20) -> tuple[float, float]:

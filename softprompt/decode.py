@@ -210,33 +210,42 @@ def score_labels(
     encoder_ids: Array,
     label_ids: Array,
     dropout: Array | None = None,
+    segments: Array | None = None,
+    count: int = 1,
 ) -> Array:
     """Log-likelihood `[B, C]` of each label (with EOS, padded by 0) for each row.
 
     `label_ids` are `[C, L]`, or `[B, C, L]` where every row has its own; a label of padding alone
     scores 0. All labels of a row lie in one decoder row as segments, so that cross-attention keys
     and values are made once per row, not once per label. With the key `dropout`, the model's
-    dropout is on.
+    dropout is on. With `segments` `[B, T]`, rows hold up to `count` packed examples:
+    `[B, count, C]`, and only the scores of segments that a row has mean anything.
     """
     rows = encoder_ids.shape[0]
-    count, length = label_ids.shape[-2:]
-    label_ids = jnp.broadcast_to(label_ids, (rows, count, length)).reshape(-1, length)
+    labels, length = label_ids.shape[-2:]
     deterministic = dropout is None
     apply = functools.partial(
         module.apply, {"params": params}, rngs=None if deterministic else {"dropout": dropout}
     )
-    encoded, segments = apply(encoder_ids, deterministic=deterministic, method="encode")
-    flat = losses.shift_right(label_ids).reshape(rows, -1)
-    label_of = jnp.repeat(jnp.arange(1, count + 1), length)[None]
+    packed = segments is not None
+    encoded, segments = apply(encoder_ids, segments, deterministic, method="encode")
+    of_rows = jnp.broadcast_to(label_ids, (rows, labels, length))
+    of_rows = jnp.tile(of_rows, (1, count, 1)).reshape(-1, length)
+
+    def in_each_row(x):
+        return jnp.tile(x[None], (rows, 1))
+
+    example = jnp.repeat(jnp.arange(1, count + 1, dtype=segments.dtype), labels * length)
     logits = apply(
         encoded,
         segments,
-        flat,
-        jnp.tile(label_of, (rows, 1)),
+        losses.shift_right(of_rows).reshape(rows, -1),
+        in_each_row(jnp.repeat(jnp.arange(1, count * labels + 1), length)),
         deterministic,
-        jnp.ones((rows, count * length), segments.dtype),
+        in_each_row(example),
         method=lambda m, *args: m.t5.decode(*args),
     )
-    targets = label_ids.reshape(rows, -1)
+    targets = of_rows.reshape(rows, -1)
     likelihood = losses.token_log_likelihood(logits, targets) * (targets > 0)
-    return likelihood.reshape(rows, count, length).sum(-1)
+    scores = likelihood.reshape(rows, count, labels, length).sum(-1)
+    return scores if packed else scores[:, 0]

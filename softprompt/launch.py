@@ -28,6 +28,7 @@ from softprompt import (
     evaluation,
     hosts,
     int8,
+    lengths,
     optim,
     partition,
     prompt,
@@ -171,7 +172,8 @@ def train(
     task_feature_lengths: Mapping[str, int],
     train_steps: int,
     batch_size: int = 32,
-    pack_length: int = 0,
+    pack_length: int | str = 0,
+    length_buckets: int = 1,
     initial_checkpoint_path: str | None = None,
     architecture: str | None = None,
     vocabulary_file: str | None = None,
@@ -220,14 +222,16 @@ def train(
     embeddings`). `text_corpus` is the folder of text shards of the pre-training tasks. With
     `stream`, batches are read as they are needed (pre-training text) and the evaluation is the loss
     on the first `eval_examples` of `eval_split`; else examples lie in memory, packed into rows of
-    `pack_length` tokens if that is not 0 (see `data.Packing`), and the task's own metrics are
-    evaluated. `loss` is that of the target 'tokens' or that of the right one among the task's
-    'labels', behind the first sentinel with `target_sentinel` (Lester et al. 2021, section 3.3:
-    what span corruption taught a backbone to begin with). A trained backbone is stored as
-    `backbone_name` in `backbone_dtype`, and once more as it was at each of `backbone_steps`
-    (multiples of `eval_period`). `weights` and `remat` are those of `backbone.load`. Writes to
-    `model_dir` what the README lists. `fit` takes the place of `train.fit`; what it has in common
-    with other calls of this function is read and compiled once with the same `shared`.
+    `pack_length` tokens if that is not 0 (see `data.Packing`; 'auto': see `lengths.pack_length`),
+    or in batches of at most `length_buckets` shapes (see `lengths.bucketed_batches`), and the
+    task's own metrics are evaluated. `loss` is that of the target 'tokens' or that of the right one
+    among the task's 'labels', behind the first sentinel with `target_sentinel` (Lester et al. 2021,
+    section 3.3: what span corruption taught a backbone to begin with). A trained backbone is stored
+    as `backbone_name` in `backbone_dtype`, and once more as it was at each of `backbone_steps`
+    (multiples of `eval_period`). `weights`, `remat` and `microbatches` save memory: see
+    docs/memory.md. Writes to `model_dir` what the README lists. `fit` takes the place of
+    `train.fit`; what it has in common with other calls of this function is read and compiled once
+    with the same `shared`.
     """
     shared = shared or Shared()
     began = time.monotonic()
@@ -237,7 +241,8 @@ def train(
         TRAIN_STEPS=(train_steps, 1),
         BATCH_SIZE=(batch_size, 1),
         PROMPT_LENGTH=(prompt_length, 0),
-        PACK_LENGTH=(pack_length, 0),
+        PACK_LENGTH=(0 if pack_length == "auto" else pack_length, 0),
+        LENGTH_BUCKETS=(length_buckets, 1),
         EVAL_BATCH_SIZE=(eval_batch_size, 1),
         EVAL_PERIOD=(eval_period, 0),
         PATIENCE=(patience, 0),
@@ -292,6 +297,7 @@ def train(
             data.first_examples(task, eval_split, task_feature_lengths, eval_examples or 256)
             for task, _ in tasks
         ]
+        label_ids = evaluation.training_labels(loss, parts, class_labels, vocabulary, prefix)
     else:
         parts = [shared(data.from_task, task, "train", task_feature_lengths) for task, _ in tasks]
         parts = [data.prefix_targets(part, prefix) for part in parts]
@@ -299,9 +305,14 @@ def train(
             if message := data.cut_message(part, task_feature_lengths):
                 say(message)
         rates = [rate for _, rate in tasks]
+        label_ids = evaluation.training_labels(loss, parts, class_labels, vocabulary, prefix)
+        drawing = (parts, rates, batch_size, seed, slots)
         if pack_length:
             over = devices.shape["data"] * microbatches
-            batches = data.Packing(parts, rates, batch_size, seed, slots, pack_length, over)
+            if pack_length == "auto":
+                pack_length = lengths.pack_length(*drawing, over)
+            width = 0 if label_ids is None else label_ids.shape[1]
+            batches = data.Packing(*drawing, pack_length, over, label_length=width)
             own = partition.local_rows(devices, batches.shape[0])
             batches = dataclasses.replace(batches, own=own)
             share, count = batches.fill()
@@ -309,17 +320,18 @@ def train(
                 f"packing: {batches.shape[0]} rows of {pack_length}, {100 * share:.0f}% full, "
                 f"{count:.1f} examples a batch"
             )
+        elif length_buckets > 1:
+            batches = lengths.bucketed_batches(*drawing, length_buckets, own)
+            share, shapes = lengths.padding(batches(0))
+            say(f"length buckets: rows of {shapes}, {100 * share:.0f}% full")
         else:
-            batches = data.train_batches(parts, rates, batch_size, seed, slots, own)
+            batches = data.train_batches(*drawing, own)
         held_out = [
             shared(evaluation.from_task, task, eval_split, task_feature_lengths, vocabulary)
             for task, _ in tasks
             if eval_split in task.splits
         ]
         evaluation.check_metric(best_metric, held_out)
-    if pack_length and loss != evaluation.TOKENS:
-        raise ValueError(f"PACK_LENGTH is for the LOSS {evaluation.TOKENS!r}, got {loss!r}")
-    label_ids = evaluation.training_labels(loss, parts, class_labels, vocabulary, prefix)
     # Nothing is sampled: the predictor needs no seed.
     predictor = shared(
         evaluation.Predictor,
@@ -409,6 +421,7 @@ def train(
             **about,
             "batch_size": batch_size,
             "pack_length": pack_length,
+            "length_buckets": length_buckets,
             "trainable": list(trainable),
         },
         seed=seed,

@@ -44,16 +44,17 @@ def label_cross_entropy(scores: Array, targets: Array, label_ids: Array) -> tupl
     on telling labels from other text.
 
     Args:
-      scores: log-likelihood `[B, C]` of each label.
-      targets: `[B, L]`, each row one of the labels; a row of 0 is padding.
+      scores: log-likelihood `[..., C]` of each label.
+      targets: `[..., L]`, each row one of the labels; a row of 0 is padding.
       label_ids: `[C, M]`, padded with 0; a label of padding alone is none.
     """
-    length = max(targets.shape[1], label_ids.shape[1])
+    length = max(targets.shape[-1], label_ids.shape[1])
     targets, label_ids = (
-        jnp.pad(x, ((0, 0), (0, length - x.shape[1]))) for x in (targets, label_ids)
+        jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, length - x.shape[-1])])
+        for x in (targets, label_ids)
     )
     is_label = (label_ids > 0).any(-1)
-    is_target = (targets[:, None] == label_ids[None]).all(-1) & is_label
+    is_target = (targets[..., None, :] == label_ids).all(-1) & is_label
     scores = jnp.where(is_label, scores, -jnp.inf)
     picked = jnp.sum(jnp.where(is_target, jax.nn.log_softmax(scores), 0.0))
     return -picked, jnp.sum(is_target).astype(jnp.float32)

@@ -81,8 +81,15 @@ def make_loss(
     def loss_fn(trainable, frozen, batch, label_ids, key):
         params, ids = tree.unflatten(collapse({**frozen, **trainable})), batch["encoder_ids"]
         if labelled:
-            scores = decode.score_labels(module, params, ids, label_ids, key if dropout else None)
-            loss, count = losses.label_cross_entropy(scores, batch["targets"], label_ids)
+            segments = batch.get("encoder_segments")
+            # Packed targets lie a label's width apart.
+            width = label_ids.shape[-1]
+            examples = 1 if segments is None else batch["targets"].shape[1] // width
+            scores = decode.score_labels(
+                module, params, ids, label_ids, key if dropout else None, segments, examples
+            )
+            targets = batch["targets"].reshape(*scores.shape[:-1], -1)
+            loss, count = losses.label_cross_entropy(scores, targets, label_ids)
             return loss / count, (loss, count)
         logits = module.apply(
             {"params": params},

@@ -11,6 +11,7 @@ import textwrap
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import TINY
 
@@ -383,6 +384,49 @@ def test_packed_examples_have_the_loss_and_gradient_of_unpacked_ones(tiny, pairs
     np.testing.assert_allclose(total, sum(x for x, _ in separate), rtol=1e-5)
     np.testing.assert_allclose(gradient, sum(g for _, g in separate), atol=1e-5)
     assert np.abs(gradient).max() > 1e-2
+
+
+def step_gradient(tiny, rows, batch, label_ids):
+    """Gradient of the mean loss in the bank and the loss's sum and count, by one step of SGD."""
+    module = PromptedT5(tiny.cfg, rows)
+    bank = np.random.default_rng(5).normal(size=(rows, tiny.cfg.emb_dim)).astype(np.float32)
+    start = {train.PROMPT: jnp.asarray(bank)}
+    state = train.init_state(start, optax.sgd(1.0), tiny.mesh)
+    with jax.default_matmul_precision("highest"):
+        step = train.make_step(module, optax.sgd(1.0), label_ids=label_ids)
+        after = jax.jit(step)(state, tiny.params, batch)
+    return bank - after["trainable"][train.PROMPT], after["loss_sum"], after["count_sum"]
+
+
+def test_the_loss_among_labels_is_the_same_for_packed_examples(tiny, pairs):
+    """Two tasks in a row, of labels with different numbers of tokens; also for target tokens."""
+    named = [
+        (text, "positive" if target == "positive" else "very negative") for text, target in pairs
+    ]
+    examples = data.from_pairs(named, tiny.vocabulary, {"inputs": 16, "targets": 8})
+    other = data.from_pairs(
+        [("question: " + text, target) for text, target in named],
+        tiny.vocabulary, {"inputs": 16, "targets": 8}, "other",
+    )  # fmt: skip
+    label_ids = evaluation.encode_labels(["positive", "very negative"], tiny.vocabulary)
+    own = slots(tiny.cfg.vocab_size, 5)
+    for labels in (label_ids, None):
+        width = 0 if labels is None else labels.shape[1]
+        packed = data.Packing([examples, other], [1, 1], 12, 0, own, 48, label_length=width)
+        rows = [[(examples, 0), (other, 7)], [(other, 3)]]
+        members = [member for row in rows for member in row]
+        inputs = [part.inputs[i] for part, i in members]
+        targets = [part.targets[i] for part, i in members]
+        separate = {
+            "encoder_ids": data.pad(inputs, len(members), 16, own),
+            "targets": data.pad(targets, len(members), 8),
+        }
+        one = step_gradient(tiny, 5, packed.pack(rows), labels)
+        two = step_gradient(tiny, 5, separate, labels)
+        for a, b in zip(one, two, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+        assert two[2] == (len(members) if width else sum(map(len, targets)))
+        assert np.abs(two[0]).max() > 1e-3
 
 
 def test_training_on_packed_rows_moves_the_prompt_alone(tiny, pairs):

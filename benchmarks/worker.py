@@ -1,0 +1,288 @@
+"""One side of `benchmarks/peers.py`, in its own interpreter: calls as JSON lines, answers likewise.
+
+    python benchmarks/worker.py SETTINGS
+
+SETTINGS is a JSON object: `side` (ours, peft), `tokens` (an .npz of `peers.py`), `dtype`,
+`batch_size`, `prompt_length`, `decode_length`, `batches` (per case), `cpu_time` (one thread, and
+the process's own CPU seconds instead of the clock's). Weights are random.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import sys
+import time
+
+import numpy as np
+
+# T5 1.1 small: H, heads, layers, head width, MLP width, embedding rows.
+WIDTH, HEADS, LAYERS, HEAD, MLP, ROWS = 512, 6, 8, 64, 1024, 32128
+
+
+def read_tokens(path: str, task: str, split: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Inputs and targets, a token array for each example."""
+    with np.load(path) as file:
+        found = []
+        for feature in ("inputs", "targets"):
+            flat, ends = (file[f"{task}/{split}/{feature}/{kind}"] for kind in ("ids", "ends"))
+            found.append([x.astype(np.int32) for x in np.split(flat, ends[:-1])])
+    return found[0], found[1]
+
+
+def spread(widths: list[int], count: int) -> list[int]:
+    """Indices of `count` batches at evenly spaced quantiles of their width."""
+    order = np.argsort(widths, kind="stable")
+    count = min(count, len(order))
+    return [int(order[int((k + 0.5) * len(order) / count)]) for k in range(count)]
+
+
+def best_rate(run, operations: float, clock) -> float:
+    """Operations per second of the fastest of some runs."""
+    run()
+    times = []
+    for _ in range(8):
+        began = clock()
+        run()
+        times.append(clock() - began)
+    return operations / min(times)
+
+
+class Ours:
+    """This project: `train` in length buckets or packed, `decode` and `rank` in length buckets."""
+
+    def __init__(self, settings: dict):
+        import jax
+
+        from softprompt import (
+            backbone,
+            data,
+            decode,
+            lengths,
+            optim,
+            partition,
+            prompted,
+            t5,
+            throughput,
+            train,
+            tree,
+        )
+
+        self.jax, self.data, self.lengths, self.settings = jax, data, lengths, settings
+        cfg = t5.config("t5_1_1_small", dtype=settings["dtype"])
+        rows = settings["prompt_length"]
+        self.cfg, self.throughput, self.prompted = cfg, throughput, prompted
+        self.slots = prompted.slots(cfg.vocab_size, rows)
+        # Placed as `train.fit` does, so that the first step compiles what all others run.
+        mesh = partition.make_mesh(devices=1)
+        put = lambda x: jax.device_put(x, partition.replicated(mesh))  # noqa: E731
+        shapes = tree.flatten(backbone.abstract(cfg)["params"])
+        rng = np.random.default_rng(0)
+        frozen = {
+            path: put(0.05 * rng.standard_normal(x.shape, np.float32)).astype(cfg.dtype)
+            for path, x in shapes.items()
+        }
+        bank = np.random.default_rng(0).uniform(-0.5, 0.5, (rows, cfg.emb_dim))
+        trainable = {train.PROMPT: put(bank.astype(np.float32))}
+        module, optimizer = prompted.PromptedT5(cfg, rows), optim.adafactor()
+        self.state = train.init_state(trainable, optimizer, mesh)
+        self.frozen = frozen
+        self.step = jax.jit(train.make_step(module, optimizer), donate_argnums=0)
+        length = settings["decode_length"]
+        params = lambda flat: tree.unflatten({**flat, **trainable})  # noqa: E731
+        self.greedy = jax.jit(lambda flat, ids: decode.greedy(module, params(flat), ids, length))
+        self.score = jax.jit(
+            lambda flat, ids, labels: decode.score_labels(module, params(flat), ids, labels)
+        )
+
+    def examples(self, task: str, split: str):
+        inputs, targets = read_tokens(self.settings["tokens"], task, split)
+        return self.data.Examples(task, inputs, targets, [{}] * len(inputs), {})
+
+    def batches(self, case: str, task: str, layout: str) -> list:
+        size = self.settings["batch_size"]
+        if case == "train":
+            part = self.examples(task, "train")
+            drawing = ([part], [1.0], size, 0, self.slots)
+            if layout == "packed":
+                stream = self.data.Packing(*drawing, self.lengths.pack_length(*drawing))(0)
+            else:
+                stream = self.lengths.bucketed_batches(*drawing, 5)(0)
+            return [next(stream) for _ in range(max(1, len(part) // size))]
+        found = self.data.eval_batches(self.examples(task, "validation"), 2 * size, self.slots)
+        return [batch for _, batch in found]
+
+    def width(self, batch) -> int:
+        return batch["encoder_ids"].shape[1]
+
+    def counts(self, batch) -> dict:
+        ids = batch["encoder_ids"]
+        if "encoder_segments" in batch:
+            examples = int(batch["encoder_segments"].max(-1).sum())
+            lengths = [
+                np.concatenate([np.bincount(row)[1:] for row in batch[name]])
+                for name in ("encoder_segments", "decoder_segments")
+            ]
+        else:
+            examples = int((ids > 0).any(-1).sum())
+            lengths = [np.count_nonzero(batch[k], axis=1) for k in ("encoder_ids", "targets")]
+        return {
+            "examples": examples,
+            "filled": int((ids > 0).sum()),
+            "positions": ids.size,
+            "flops": 2 * self.throughput.forward_flops(self.cfg, *lengths),
+        }
+
+    def run(self, case: str, task: str, batch) -> None:
+        if case == "train":
+            self.state = self.step(self.state, self.frozen, batch)
+            self.jax.block_until_ready(self.state)
+        elif case == "decode":
+            np.asarray(self.greedy(self.frozen, batch["encoder_ids"]))
+        else:
+            # Two labels as long as the targets: their tokens make no difference to the time.
+            labels = batch["targets"][:2]
+            np.asarray(self.score(self.frozen, batch["encoder_ids"], labels))
+
+    def peak(self, clock) -> float:
+        jnp, dtype = self.jax.numpy, self.settings["dtype"]
+        x = jnp.ones((1024, 1024), dtype)
+        product = self.jax.jit(lambda a: jnp.dot(a, a, preferred_element_type=jnp.float32))
+        return best_rate(lambda: product(x).block_until_ready(), 2 * 1024**3, clock)
+
+    def checkpoint(self, folder: str) -> None:
+        from softprompt import checkpoint
+
+        checkpoint.save_state(folder, self.state, {"best": {}, "identity": {}}, 2)
+
+
+class Peft:
+    """PEFT's prompt tuning on PyTorch: `train` at 512 or padded to the longest, `decode` sorted."""
+
+    def __init__(self, settings: dict):
+        import torch
+        from peft import PromptTuningConfig, TaskType, get_peft_model
+        from transformers import T5Config, T5ForConditionalGeneration
+
+        self.torch, self.settings = torch, settings
+        torch.manual_seed(0)
+        cfg = T5Config(
+            vocab_size=ROWS, d_model=WIDTH, d_kv=HEAD, d_ff=MLP, num_layers=LAYERS,
+            num_decoder_layers=LAYERS, num_heads=HEADS, feed_forward_proj="gated-gelu",
+            tie_word_embeddings=False, dropout_rate=0.0, decoder_start_token_id=0,
+        )  # fmt: skip
+        kind = PromptTuningConfig(
+            task_type=TaskType.SEQ_2_SEQ_LM, num_virtual_tokens=settings["prompt_length"]
+        )
+        self.model = get_peft_model(T5ForConditionalGeneration(cfg), kind)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=0.3)
+
+    def batches(self, case: str, task: str, layout: str) -> list:
+        split = "train" if case == "train" else "validation"
+        inputs, targets = read_tokens(self.settings["tokens"], task, split)
+        size = self.settings["batch_size"] * (1 if case == "train" else 2)
+        order = np.random.default_rng(0).permutation(len(inputs))
+        if layout == "sorted":
+            order = np.argsort([len(x) for x in inputs], kind="stable")
+        if layout == "512":
+            size = size // 2  # What fits: the peers' own users halve it.
+        found = []
+        for start in range(0, len(order) - size + 1, size):
+            members = order[start : start + size]
+            width = 512 if layout == "512" else max(len(inputs[i]) for i in members)
+            labels = max(len(targets[i]) for i in members)
+            batch = {
+                "input_ids": np.zeros((size, width), np.int64),
+                "labels": np.full((size, labels), -100, np.int64),
+            }
+            for row, i in enumerate(members):
+                batch["input_ids"][row, : len(inputs[i])] = inputs[i]
+                batch["labels"][row, : len(targets[i])] = targets[i]
+            batch = {name: self.torch.from_numpy(x) for name, x in batch.items()}
+            found.append({**batch, "attention_mask": (batch["input_ids"] > 0).long()})
+        return found
+
+    def width(self, batch) -> int:
+        return batch["input_ids"].shape[1]
+
+    def counts(self, batch) -> dict:
+        prompt = self.settings["prompt_length"]
+        rows, width = batch["input_ids"].shape
+        filled = int(batch["attention_mask"].sum()) + rows * prompt
+        return {"examples": rows, "filled": filled, "positions": rows * (width + prompt)}
+
+    def run(self, case: str, task: str, batch) -> None:
+        if case == "train":
+            self.model.train()
+            self.model(**batch).loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            return
+        self.model.eval()
+        with self.torch.no_grad():
+            self.model.generate(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
+                max_new_tokens=self.settings["decode_length"], do_sample=False, num_beams=1,
+            )  # fmt: skip
+
+    def peak(self, clock) -> float:
+        x = self.torch.ones(1024, 1024)
+        return best_rate(lambda: x @ x, 2 * 1024**3, clock)
+
+    def checkpoint(self, folder: str) -> None:
+        self.model.save_pretrained(folder)
+
+
+def peak_memory() -> int:
+    """Most bytes that this process ever had resident (Linux)."""
+    status = pathlib.Path("/proc/self/status").read_text(encoding="utf-8")
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
+
+
+def answer(side, settings: dict, prepared: dict, call: dict) -> dict:
+    """What a call gives: see `peers.py`, which makes them."""
+    name = call["call"]
+    clock = time.process_time if settings["cpu_time"] else time.perf_counter
+    if name == "memory":
+        return {"bytes": peak_memory()}
+    if name == "peak":
+        return {"flops": side.peak(clock)}
+    if name == "checkpoint":
+        began = time.perf_counter()
+        side.checkpoint(call["folder"])
+        seconds = time.perf_counter() - began
+        files = [p for p in pathlib.Path(call["folder"]).rglob("*") if p.is_file()]
+        return {"seconds": seconds, "bytes": sum(p.stat().st_size for p in files)}
+    case, task, layout = key = (call["case"], call["task"], call["layout"])
+    if name == "prepare":
+        batches = side.batches(*key)
+        chosen = spread([side.width(b) for b in batches], call.get("batches", settings["batches"]))
+        prepared[key] = [batches[i] for i in chosen]
+        for batch in prepared[key]:
+            side.run(case, task, batch)
+        found = [side.counts(batch) for batch in prepared[key]]
+        return {name: sum(x[name] for x in found) for name in found[0]}
+    began = clock()
+    for batch in prepared[key]:
+        side.run(case, task, batch)
+    return {"seconds": clock() - began}
+
+
+def main() -> None:
+    settings = json.loads(sys.argv[1])
+    answers = sys.stdout
+    if settings["cpu_time"]:
+        os.sched_setaffinity(0, [max(os.sched_getaffinity(0))])
+        os.environ["OMP_NUM_THREADS"] = "1"
+    with contextlib.redirect_stdout(sys.stderr):
+        side = {"ours": Ours, "peft": Peft}[settings["side"]](settings)
+        prepared: dict = {}
+        for line in sys.stdin:
+            print(json.dumps(answer(side, settings, prepared, json.loads(line))), file=answers,
+                  flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Length buckets and row lengths: few shapes, little padding, still a function of seed and step."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from softprompt import data, lengths
+
+SLOTS = np.arange(1000, 1005, dtype=np.int32)
+
+
+def made(count, low, high, seed=0, first=0):
+    """Examples whose first token names them."""
+    rng = np.random.default_rng(seed)
+    inputs = [[first + 10 + i] * int(rng.integers(low, high)) for i in range(count)]
+    return data.make_examples(
+        "a", inputs, [[5]] * count, [{}] * count, {"inputs": high + 1, "targets": 4}
+    )
+
+
+def take(batches, start, count):
+    return list(itertools.islice(batches(start), count))
+
+
+def test_buckets_pad_least():
+    """Against every choice of buckets."""
+    found = np.random.default_rng(1).integers(1, 70, 40)
+    rounded = {data.round_up(int(n)) for n in found}
+
+    def padded(buckets):
+        return sum(min(b for b in buckets if b >= n) for n in found)
+
+    for count in (1, 2, 3):
+        chosen = lengths.bucket_lengths(found, count)
+        assert len(chosen) == count and chosen[-1] == max(rounded)
+        others = itertools.combinations(sorted(rounded - {max(rounded)}), count - 1)
+        assert padded(chosen) == min(padded([*some, max(rounded)]) for some in others)
+    assert lengths.bucket_lengths([3, 5, 30], 2) == [8, 32]
+    assert lengths.bucket_lengths([3, 5], 9) == [8]
+    with pytest.raises(ValueError, match="got 0 buckets for 1 lengths"):
+        lengths.bucket_lengths([3], 0)
+
+
+def test_bucketed_batches_hold_every_example_once_an_epoch_in_few_shapes():
+    part = made(64, 3, 90)
+    batches = lengths.bucketed_batches([part], [1.0], 8, 0, SLOTS, 3)
+    epoch = take(batches, 0, 8)
+    rows = np.concatenate([np.pad(b["encoder_ids"], ((0, 0), (0, 95)))[:, :100] for b in epoch])
+    assert sorted(rows[:, 5]) == list(range(10, 74))
+    assert (rows[:, :5] == SLOTS).all()
+    for row in rows:
+        assert np.count_nonzero(row) == 5 + len(part.inputs[row[5] - 10])
+    shapes = [b["encoder_ids"].shape[1] for b in take(batches, 0, 40)]
+    assert len(set(shapes)) <= 3
+    assert shapes[:8] != sorted(shapes[:8]), "lengths come in no order"
+    bucketed, _ = lengths.padding(batches(0), 40)
+    plain, _ = lengths.padding(data.train_batches([part], [1.0], 8, 0, SLOTS)(0), 40)
+    assert bucketed > plain + 0.2
+
+
+@pytest.mark.parametrize("start", [1, 7, 8, 21])
+def test_bucketed_batches_go_on_from_any_step(start):
+    parts = [made(60, 3, 40), made(30, 20, 90, first=200)]
+    batches = lengths.bucketed_batches(parts, [2.0, 1.0], 8, 3, SLOTS, 3)
+    for a, b in zip(take(batches, 0, 30)[start:], take(batches, start, 30), strict=False):
+        np.testing.assert_array_equal(a["encoder_ids"], b["encoder_ids"])
+        np.testing.assert_array_equal(a["targets"], b["targets"])
+
+
+def test_no_example_meets_itself_in_a_small_data_set():
+    batches = lengths.bucketed_batches([made(9, 3, 40)], [1.0], 4, 0, SLOTS, 2)
+    for batch in take(batches, 0, 2):
+        assert len(set(batch["encoder_ids"][:, 5])) == 4
+
+
+@pytest.mark.parametrize("low, high", [(15, 82), (30, 312), (40, 512)])
+def test_the_row_length_found_is_full_and_short(low, high):
+    drawing = ([made(400, low, high)], [1.0], 16, 0, np.arange(1000, 1100, dtype=np.int32))
+    found = lengths.pack_length(*drawing)
+    share, _ = data.Packing(*drawing, found).fill()
+    assert share > 0.9 and found <= 2.5 * (100 + high)
