@@ -145,7 +145,7 @@ from softprompt.formats import native
 from softprompt.vocabulary import Vocabulary
 words = Vocabulary(native.EMBEDDED / native.VOCABULARY_FILE)
 pairs = [(f"number {i} of the lot", "odd" if i % 2 else "even") for i in range(8)]
-for data_axis, model in ((1, 1), (2, 4)):
+for data_axis, model, parts in ((1, 1, 1), (2, 4, 4)):
     mesh = partition.make_mesh(data_axis, model, devices=data_axis * model)
     backbone = backbones.random(TINY, 0, words, mesh, weights="int8")
     shape = lambda path: backbone.params[path].addressable_shards[0].data.shape
@@ -154,25 +154,23 @@ for data_axis, model in ((1, 1), (2, 4)):
     assert shape("encoder/layers_0/mlp/wo/kernel:scale") == (1, 24)
     assert shape("token_embedder/embedding:scale") == (8192 // model, 1)
     batch = jax.device_put(batch_of(backbone, pairs, 8), partition.batch_sharding(mesh))
-    for parts in (1, 4):
-        loss, grad = gradient(backbone, batch, microbatches=parts)
-        print(loss, *grad.ravel())
+    loss, grad = gradient(backbone, batch, microbatches=parts)
+    print(loss, *grad.ravel())
 """
 
 
 @pytest.mark.slow
-def test_int8_weights_shard_over_the_model_axis():
+def test_int8_weights_shard_over_the_model_axis_and_microbatches_over_the_data_axis():
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     run = subprocess.run(
         [sys.executable, "-c", SHARDED, str(pathlib.Path(__file__).parent)],
         env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     found = np.array([[float(x) for x in line.split()] for line in run.stdout.splitlines()])
-    assert len(found) == 4
-    for other in found[1:]:
-        np.testing.assert_allclose(other, found[0], rtol=1e-3, atol=1e-4)
+    assert len(found) == 2
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-3, atol=1e-4)
 
 
 # --- rematerialisation and gradient accumulation --------------------------------------------------
