@@ -648,7 +648,8 @@ def eval(
         backbone, length, eval_mode, batch_size, task_feature_lengths["targets"], beams
     )
     if files is not None:
-        evaluation.check_metric(best_metric, tasks)
+        for task in tasks:
+            evaluation.check_metric(best_metric, [task])
         alone = []
         if measure_cost:
             alone = [_prompted(backbone, file, ignore_fingerprint) for file in files]

