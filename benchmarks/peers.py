@@ -51,11 +51,16 @@ class Worker:
 
     def __init__(self, python: str, settings: dict):
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+        # A file: a pipe that nobody reads would fill up.
+        self._errors = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
             [python, str(HERE / "worker.py"), json.dumps(settings)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
             env=environment,
-        )  # fmt: skip
+        )
 
     def ask(self, **call) -> dict:
         """The answer to a call; the worker's own message where it failed."""
@@ -65,13 +70,16 @@ class Worker:
         except BrokenPipeError:
             line = ""
         if not line:
-            raise ValueError(self._process.stderr.read().strip().splitlines()[-1])
+            self._process.wait()
+            self._errors.seek(0)
+            said = self._errors.read().strip().splitlines()
+            raise ValueError(f"{call}: {said[-1] if said else 'the worker ended'}")
         return json.loads(line)
 
     def close(self) -> None:
         self._process.stdin.close()
-        self._process.stderr.close()
         self._process.wait()
+        self._errors.close()
 
 
 def write_tokens(path: pathlib.Path, data_dir: str, vocabulary_file: str) -> None:

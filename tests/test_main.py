@@ -81,6 +81,17 @@ def test_a_data_set_of_ones_own_goes_through_flags_alone(tmp_path, rows, capsys)
     assert all(r["prediction"] in ("good", "bad") for r in found)
 
 
+def test_packed_rows_of_a_length_that_was_found_train_by_the_loss_among_labels(
+    tmp_path, rows, capsys
+):
+    flags = [f"--train_file={rows}", "--labels=good,bad", "--template={body}", "--target=mark"]
+    flags += ["--gin.PACK_LENGTH='auto'", "--gin.LOSS='labels'"]
+    assert train(tmp_path / "run", *flags) == 0
+    said = capsys.readouterr().out
+    length, share = map(int, re.search(r"packing: \d+ rows of (\d+), (\d+)% full", said).groups())
+    assert 8 <= length <= 64 and share > 50
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
