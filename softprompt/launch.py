@@ -375,10 +375,11 @@ def train(
         **({} if reparameterisation is None else {"network": vars(reparameterisation)}),
     }
 
+    # Labels given for the initialisation come before the task's own.
+    labels = config.macros().get("CLASS_LABELS") or class_labels[0]
+
     def save(path: pathlib.Path, trained: dict[str, np.ndarray], note: dict[str, Any]) -> None:
         if training.PROMPT in trained:
-            # Labels given for the initialisation come before the task's own.
-            labels = config.macros().get("CLASS_LABELS") or class_labels[0]
             array, further = trained[training.PROMPT], trained.get(training.DEEP)
             note = {**about, "class_labels": labels, **note}
             prompt.save(f"{path}.safetensors", array, note, further)

@@ -110,6 +110,9 @@ class _Run:
             self.state, self.best = restored[0], restored[1]["best"]
             train._check_identity(restored[1]["identity"], dict(member.identity or {}), folder)
             say(f"{member.name}: resuming from step {int(self.state['step'])}")
+        elif folder is not None and member.save:
+            prompt = np.asarray(member.prompt, np.float32)
+            self._save_prompt("initial", {PROMPT: prompt}, {"step": 0})
         self.step = self._start = int(self.state["step"])
         self._log = Logbook(folder, self.step)
         self._best_trained = train._load_best(folder, self.best) if self.best["step"] else None
