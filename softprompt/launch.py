@@ -344,7 +344,9 @@ def train(
         if backbone.weights == "int8":
             arrays = {k: int8.value(arrays, k) for k in int8.parameters(arrays)}
         name = backbone_name or backbone.name
-        note = {"task": mixture_or_task_name, "trained_from": _origin(backbone), **note}
+        positions = note["step"] * batch_size * sum(task_feature_lengths.values())
+        origin = {"trained_from": _origin(backbone), "seed": seed, "commit": _commit()}
+        note = {"task": mixture_or_task_name, "positions": positions, **origin, **note}
         stored = Stored.of(name, backbone.cfg, arrays, vocabulary, note)
         return native.save(path, stored, backbone_dtype)
 
