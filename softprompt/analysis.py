@@ -110,9 +110,9 @@ def words_of(
 
 
 def words_in(backbone: Backbone) -> Words:
-    """The vocabulary tokens of a loaded backbone."""
-    embedding = np.asarray(backbone.params["token_embedder/embedding"], np.float32)
-    return Words(backbone.name, embedding[: backbone.vocabulary.size], backbone.vocabulary)
+    """The vocabulary tokens of a loaded backbone. Collective: see `hosts`."""
+    rows = backbone.embedding()[: backbone.vocabulary.size]
+    return Words(backbone.name, rows, backbone.vocabulary)
 
 
 def words_for(

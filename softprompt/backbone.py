@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from softprompt import checkpoint, formats, hosts, int8, partition, tree
+from softprompt import checkpoint, formats, int8, partition, tree
 from softprompt.logbook import track
 from softprompt.prompted import PromptedT5
 from softprompt.t5 import T5Config
@@ -47,8 +47,8 @@ class Backbone:
         return str(self.params["token_embedder/embedding"].dtype)
 
     def embedding(self) -> np.ndarray:
-        """The token embedding `[V, H]` in float32, on the host."""
-        return hosts.fetch(int8.value(self.params, "token_embedder/embedding")).astype(np.float32)
+        """The token embedding `[V, H]` in float32, on the host. Collective: see `hosts`."""
+        return np.asarray(int8.value(self.params, "token_embedder/embedding"), np.float32)
 
 
 def abstract(cfg: T5Config, rows: int = 0) -> dict[str, Any]:

@@ -206,5 +206,6 @@ def _describe(stored: Stored) -> Sequence[str]:
         "metadata": dict(stored.metadata),
     }
     card = pathlib.Path(stored.where).parent / native.CARD_FILE
-    lines = [card.read_text()] if card.is_file() else []
-    return [*lines, json.dumps(facts, indent=2, sort_keys=True, default=str)]
+    if card.is_file():
+        facts["model_card"] = card.read_text(encoding="utf-8").splitlines()
+    return [json.dumps(facts, indent=2, sort_keys=True, default=str, ensure_ascii=False)]

@@ -8,8 +8,9 @@ Files (`formats.native`) and models in memory share it; `t5` computes with the i
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
+
+from softprompt import hosts
 
 SCALE = ":scale"
 LARGEST = 127
@@ -34,8 +35,8 @@ def quantize(path: str, x: Any, xp: Any = np) -> tuple[Any, Any]:
 
 def value(flat: Mapping[str, Any], path: str) -> np.ndarray:
     """The parameter at `path` on the host, float32 where it is kept as int8, else as it is."""
-    x = np.asarray(jax.device_get(flat[path]))
-    return x if path + SCALE not in flat else x * np.asarray(jax.device_get(flat[path + SCALE]))
+    x = hosts.fetch(flat[path])
+    return x if path + SCALE not in flat else x * hosts.fetch(flat[path + SCALE])
 
 
 def parameters(flat: Mapping[str, Any]) -> list[str]:

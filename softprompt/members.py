@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from softprompt import checkpoint, config, launch, population
+from softprompt import checkpoint, config, launch, population, report
 from softprompt import train as training
 from softprompt.logbook import say
 from softprompt.population import Member, Outcome
@@ -163,6 +163,9 @@ def run(
         f"{backbone.fingerprint}), mesh {dict(backbone.mesh.shape)}"
     )
     outcomes = population.fit(backbone, members)
+    for one, outcome in zip(members, outcomes, strict=True):
+        if outcome.status != population.INTERRUPTED:
+            report.attempt(one.model_dir, backbone)
     folder = pathlib.Path(members[0].model_dir).parent
     text = write(folder, planned, outcomes)
     if any(outcome.status == population.INTERRUPTED for outcome in outcomes):

@@ -36,15 +36,13 @@ def attempt(folder: str | os.PathLike, backbone: Backbone | None = None) -> path
     """Writes the report of a run that is over and returns its path; if that fails, says why.
 
     What was computed is worth more than its report: nothing that goes wrong here ends a run. Of
-    several processes the first one writes.
+    several processes, which all call this, the first one writes.
     """
-    if not hosts.first():
-        return None
     try:
         words = None
         if backbone is not None and backbone.vocabulary is not None:
             words = analysis.words_in(backbone)
-        return write(folder, words)
+        return write(folder, words) if hosts.first() else None
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         say(f"{pathlib.Path(folder) / NAME} could not be written: {reason}")

@@ -44,7 +44,13 @@ def test_the_embedded_backbone_fits_in_the_package(embedded):
     size = sum(p.stat().st_size for p in native.EMBEDDED.iterdir())
     assert size <= 16_000_000
     assert embedded.vocabulary.size <= embedded.cfg.vocab_size
-    assert embedded.metadata["span_corruption"]
+    # Each stage it went through is there, the last one first.
+    stages, about = [], embedded.metadata
+    while "task" in about:
+        stages.append(about["task"])
+        about = about["trained_from"]
+    assert stages[-1] == "pretrain_span_corruption_dense" and "pretrain_prefix_lm" in stages
+    assert (native.EMBEDDED / native.CARD_FILE).is_file()
 
 
 def test_a_wrong_path_says_what_lies_there(tmp_path):

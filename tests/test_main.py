@@ -136,7 +136,8 @@ def test_gin_flags_are_told_from_the_others():
 
 def test_inspect_prints_what_files_say_of_themselves(capsys):
     assert main(["inspect", "embedded"]) == 0
-    assert json.loads(capsys.readouterr().out)["metadata"]["span_corruption"]
+    said = json.loads(capsys.readouterr().out)
+    assert said["metadata"]["trained_from"] and "## Data and licences" in said["model_card"]
 
 
 def test_the_quickstart_runs_to_its_end(tmp_path, capsys):

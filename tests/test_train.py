@@ -120,7 +120,7 @@ def test_the_loss_among_labels_teaches_the_ranking(embedded, pairs):
     examples = data.from_pairs(pairs, embedded.vocabulary, LENGTHS)
     task = evaluation.from_pairs(examples, ["positive", "negative"])
     predictor = evaluation.Predictor(embedded, 5, evaluation.RANK, 4, 8)
-    result = fit(embedded, pairs, 60, label_ids=ids)
+    result = fit(embedded, pairs, 150, label_ids=ids)
     flat = {**embedded.params, train.PROMPT: jnp.asarray(result.trained[train.PROMPT])}
     assert evaluation.evaluate(predictor, flat, [task])["accuracy"] >= 90
 
