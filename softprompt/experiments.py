@@ -254,7 +254,7 @@ def _sweep(planned: Plan, options: Options) -> Plan:
     over_family = planned.name == "figure1" or bool(experiment.alone)
     if over_family:
         own.append(("FAMILY", repr(options.family or "")))
-    config.parse(files, own)
+    config.parse(files, own, complete=False)
     spec = sweep.read(config.macros())
     points, missing = dict(spec.points), []
     if over_family:
@@ -288,7 +288,9 @@ def _sweep(planned: Plan, options: Options) -> Plan:
             groups.append(_group(line or "prompt tuning", alike, files, bindings))
     return dataclasses.replace(
         planned, files=files, bindings=bindings, runs=[str(run) for run in runs],
-        reduced=_reductions(options, ONE_SEED, RANKED, f"{len(tasks)} of eight tasks, or in their place"),
+        reduced=_reductions(
+            options, ONE_SEED, RANKED, f"tasks: {len(tasks)}, the paper has eight"
+        ),
         missing=[*missing, *without], groups=groups,
         done=[run.folder / "result.json" for run in runs],
     )  # fmt: skip
@@ -380,7 +382,8 @@ def _transfer(planned: Plan, options: Options) -> Plan:
     return dataclasses.replace(
         planned, files=files, bindings=bindings,
         runs=[f"{run}; evaluated on {', '.join(spec.targets)}" for run in runs],
-        reduced=_reductions(options, ONE_SEED, *([RANKED] if ranked else []), *reduced), missing=missing, groups=groups,
+        reduced=_reductions(options, ONE_SEED, *([RANKED] if ranked else []), *reduced),
+        missing=missing, groups=groups,
         done=[run.folder / "transfer" / transfer._name(t) / "result.json"
               for run in runs for t in spec.targets],
     )  # fmt: skip

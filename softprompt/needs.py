@@ -42,19 +42,17 @@ class Cost:
 
     group: Group
     peak: int
-    seconds_per_step: float | None
+    seconds_per_step: float
     train_steps: int
 
     @property
-    def hours(self) -> float | None:
-        """Of all runs, training alone: neither evaluation nor compilation nor loading."""
-        if self.seconds_per_step is None:
-            return None
+    def hours(self) -> float:
+        """Of all runs one after another, training alone: no evaluation, compilation or loading."""
         return self.seconds_per_step * self.train_steps * self.group.runs / 3600
 
 
-def of(group: Group, measure: bool) -> Cost:
-    """Compiles a group's step; with `measure` also trains a few steps, which loads the backbone."""
+def of(group: Group) -> Cost:
+    """Compiles a group's step for its memory, then trains a few steps, which loads the backbone."""
     with tempfile.TemporaryDirectory() as folder:
         group.configure(folder)
         settings = config.arguments(launch.train)
@@ -63,8 +61,7 @@ def of(group: Group, measure: bool) -> Cost:
             labels = launch.label_count(settings)
         run = memory.of_settings(settings, settings["mesh"](), labels)
         found = memory.need(run.but(rows=run.rows * group.together))
-        seconds = measured() if measure else None
-    # Members of a population share the backbone's pass, not its work.
+        seconds = measured()
     return Cost(group, found.peak, seconds, settings["train_steps"])
 
 

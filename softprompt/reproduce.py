@@ -5,7 +5,7 @@ stopped command goes on where it was. What they leave is set beside the figures 
 prints (`published`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from softprompt import compare, config, members, needs, portrait, sweep, transfer
@@ -23,27 +23,25 @@ from softprompt.experiments import (
 from softprompt.logbook import say, size
 
 
-def describe(planned: Plan, measure: bool) -> list[str]:
-    """What would run, what it needs (time with `measure`), and what could not be run."""
-    lines = [f"{planned.name}: {planned.experiment.title}. The paper: {planned.experiment.paper}."]
-    lines += [f"reduced: {text}" for text in planned.reduced]
-    lines += [f"run: {text}" for text in planned.runs]
+def describe(planned: Plan) -> Iterator[str]:
+    """What would run, what could not, and, unless all is there, what it needs: it is measured."""
+    yield f"{planned.name}: {planned.experiment.title}. The paper: {planned.experiment.paper}."
+    yield from (f"reduced: {text}" for text in planned.reduced)
+    yield from (f"run: {text}" for text in planned.runs)
+    yield from (f"cannot be run: {text}" for text in planned.missing)
     left = sum(not path.exists() for path in planned.done)
     if planned.done:
-        lines.append(f"{len(planned.done)} results, {left} still to be made, in {planned.folder}")
+        yield f"{len(planned.done)} results, {left} still to be made, in {planned.folder}"
     for group in planned.groups if left else ():
-        cost = needs.of(group, measure)
-        text = f"needs: {group.runs} x {group.name}, {size(cost.peak)} per device at the peak"
-        if group.together > 1:
-            text += f" with {group.together} at once"
-        if cost.hours is not None:
-            text += (
-                f", about {cost.hours:.2g} hours of training in all ({cost.seconds_per_step:.3g} s "
-                f"a step by {needs.STEPS} measured ones, {cost.train_steps} steps; evaluation and "
-                "compilation come to it)"
-            )
-        lines.append(text)
-    return [*lines, *(f"cannot be run: {text}" for text in planned.missing)]
+        cost = needs.of(group)
+        together = f" with {group.together} at once" if group.together > 1 else ""
+        alone = ", as if one after another" if group.together > 1 else ""
+        yield (
+            f"needs: {group.runs} x {group.name}, {size(cost.peak)} per device at the peak"
+            f"{together}, about {cost.hours:.2g} hours of training in all{alone} "
+            f"({cost.seconds_per_step:.3g} s a step by {needs.STEPS} measured ones, "
+            f"{cost.train_steps} steps; evaluation and compilation come to it)"
+        )
 
 
 def run(name: str, options: Options, plan_only: bool = False) -> bool:
@@ -52,7 +50,7 @@ def run(name: str, options: Options, plan_only: bool = False) -> bool:
     Returns False if SIGTERM stopped it; the same command goes on.
     """
     planned = plan(name, options)
-    for line in describe(planned, measure=True):
+    for line in describe(planned):
         say(line)
     if plan_only:
         return True
