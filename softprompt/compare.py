@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -69,6 +70,7 @@ def of_ensembles(folder: pathlib.Path, tasks: Sequence[str]) -> dict[Key, Measur
 # --- counts -------------------------------------------------------------------------------------
 
 
+@functools.cache
 def parameters(cfg: t5.T5Config) -> int:
     """How many parameters a T5 has, counted over its shapes."""
     return tree.count(tree.flatten(backbones.abstract(cfg)["params"]))
