@@ -280,7 +280,8 @@ def _sweep(planned: Plan, options: Options) -> Plan:
     bindings = [*given, *own, *options.bindings]
     config.parse(files, (), complete=False)
     config.parse(files, sweep._known(bindings))
-    runs = list(sweep.runs(sweep.read(config.macros())))
+    spec = sweep.read(config.macros())
+    runs = list(sweep.runs(spec))
     groups = []
     for line in dict.fromkeys(run.line for run in runs):
         alike = [run for run in runs if run.line == line]
@@ -289,7 +290,7 @@ def _sweep(planned: Plan, options: Options) -> Plan:
     return dataclasses.replace(
         planned, files=files, bindings=bindings, runs=[str(run) for run in runs],
         reduced=_reductions(
-            options, ONE_SEED, RANKED, f"tasks: {len(tasks)}, the paper has eight"
+            options, ONE_SEED, RANKED, f"tasks: {len(spec.tasks)}, the paper has eight"
         ),
         missing=[*missing, *without], groups=groups,
         done=[run.folder / "result.json" for run in runs],
