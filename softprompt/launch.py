@@ -344,7 +344,9 @@ def train(
         if backbone.weights == "int8":
             arrays = {k: int8.value(arrays, k) for k in int8.parameters(arrays)}
         name = backbone_name or backbone.name
-        note = {"task": mixture_or_task_name, "trained_from": _origin(backbone), **note}
+        positions = note["step"] * batch_size * sum(task_feature_lengths.values())
+        origin = {"trained_from": _origin(backbone), "seed": seed, "commit": _commit()}
+        note = {"task": mixture_or_task_name, "positions": positions, **origin, **note}
         stored = Stored.of(name, backbone.cfg, arrays, vocabulary, note)
         return native.save(path, stored, backbone_dtype)
 
@@ -579,6 +581,18 @@ def _banked(
     return flat, lengths
 
 
+def _target_prefix(files: Sequence[Path | None], vocabulary: AnyVocabulary) -> tuple[int, ...]:
+    """Ids before every target, where the prompts in `files` were trained with TARGET_SENTINEL."""
+    given = [file for file in files if file is not None]
+    found = {bool(prompt.load_deep(file)[2].get("target_sentinel")) for file in given}
+    if len(found) > 1:
+        raise ValueError(
+            f"of the prompts {', '.join(map(str, given))} some were trained with TARGET_SENTINEL, "
+            f"some without: they cannot predict together"
+        )
+    return (vocabulary.sentinel(0),) if found == {True} else ()
+
+
 def _listed(prompt_files: str | Sequence[Path]) -> list[str]:
     """The files that paths and patterns (`runs/*/prompts/best.safetensors`) name, in order."""
     found: list[str] = []
@@ -646,8 +660,9 @@ def eval(
         if message := data.cut_message(task.examples, task_feature_lengths):
             say(message)
     predictor = evaluation.Predictor(
-        backbone, length, eval_mode, batch_size, task_feature_lengths["targets"], beams
-    )
+        backbone, length, eval_mode, batch_size, task_feature_lengths["targets"], beams,
+        prefix=_target_prefix(files or [prompt_file], vocabulary),
+    )  # fmt: skip
     if files is not None:
         for task in tasks:
             evaluation.check_metric(best_metric, [task])
@@ -917,6 +932,7 @@ def infer(
         top_k,
         top_p,
         seed,
+        _target_prefix([prompt_file] if named is None else named.files, backbone.vocabulary),
     )
     partial = pathlib.Path(f"{output_file}.partial")
     done = _complete_lines(partial)

@@ -69,7 +69,8 @@ class Member:
         arguments = {k: v for k, v in arguments.items() if k not in ("backbone", "frozen")}
         patterns = list(arguments.pop("trainable", ["prompt/.*"]))
         known = {field.name for field in dataclasses.fields(cls)}
-        further = [k for k, v in arguments.items() if k not in known and v is not None]
+        plain = {"microbatches": 1}
+        further = [k for k, v in arguments.items() if k not in known and v != plain.get(k)]
         if arguments.get("prompt") is None:
             further.append("no prompt")
         if patterns != ["prompt/.*"] or further:
@@ -362,7 +363,7 @@ def fit(backbone: Backbone, members: Sequence[Member]) -> list[Outcome]:
         groups = _without_ended(groups, min([step, *(run.step for run in running)]), backbone)
     clock: tuple[int, float] | None = None
     rounds = 0
-    with train._termination() as termination:
+    with train._termination() as asked:
         while running:
             now = min(run.step for run in running)
             active = [run for run in running if run.step == now]
@@ -376,7 +377,7 @@ def fit(backbone: Backbone, members: Sequence[Member]) -> list[Outcome]:
                 jax.block_until_ready([run.state for run in active])
                 clock = (rounds, time.monotonic())
                 meter.restart()
-            stopping = termination.is_set()
+            stopping = asked(now + 1)
             read = {run: loss for run in active if (loss := run.after(stopping)) is not None}
             for run in running:
                 if stopping and run not in active:

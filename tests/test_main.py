@@ -197,3 +197,31 @@ def test_wrong_calls_are_sentences(tiny, pairs):
         softprompt.embedded_data("poems")
     with pytest.raises(ValueError, match="'negative' is not among the labels"):
         softprompt.tune(tiny, pairs, labels=["positive"], train_steps=1)
+
+
+def test_a_sentinel_before_targets_is_remembered_by_the_prompt(tmp_path, rows, capsys):
+    flags = [f"--train_file={rows}", f"--validation_file={rows}", "--labels=good,bad"]
+    flags += ["--template=review: {body}", "--target=mark"]
+    folder, output = tmp_path / "run", tmp_path / "eval"
+    assert train(folder, *flags, "--gin.TARGET_SENTINEL=True") == 0
+    best = folder / "prompts" / "best.safetensors"
+    assert softprompt.load_prompt(best).metadata["target_sentinel"] is True
+    assert (
+        main(
+            [
+                "eval",
+                MODEL,
+                "--gin_file=runs/prompt_eval.gin",
+                f"--gin.PROMPT_FILE={best}",
+                f"--gin.EVAL_OUTPUT_DIR={output}",
+                "--gin.EVAL_MODE=rank",
+                *flags,
+            ]
+        )
+        == 0
+    )
+    # The scores are those of labels behind the sentinel, as the training run's own evaluation had.
+    again = (output / "predictions" / "user_task.jsonl").read_text()
+    first = (folder / "eval" / "predictions" / "user_task-3.jsonl").read_text()
+    scores = [[json.loads(x)["scores"] for x in text.splitlines()] for text in (again, first)]
+    np.testing.assert_allclose(*([list(s.values()) for s in found] for found in scores), atol=1e-4)

@@ -55,7 +55,7 @@ def test_eight_devices_train_what_one_does(tmp_path):
         env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert run.returncode == 0, run.stderr
     said = run.stdout.splitlines()

@@ -98,7 +98,7 @@ def test_deep_rows_replace_what_each_layer_reads_at_the_slots(tiny):
         at = jnp.arange(ids.shape[1])
         bias = stack.relpos_bias(at, at) + jnp.where(ids > 0, 0.0, -1e10)[:, None, None]
         for i, layer in enumerate(stack.layers):
-            x = layer(x.at[:, :5].set(deep[i - 1]) if i else x, bias, True)
+            x = layer.whole(x.at[:, :5].set(deep[i - 1]) if i else x, bias, True)
         return stack.encoder_norm(x)
 
     module = PromptedT5(tiny.cfg, 5)
