@@ -1,4 +1,4 @@
-"""Command line: softprompt train, eval, infer, baseline, sweep, quickstart, and tools."""
+"""Command line: softprompt train, eval, infer, baseline, sweep, reproduce, and tools."""
 
 import argparse
 import os
@@ -197,7 +197,27 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     convert.add_argument("--dtype", choices=("float32", "bfloat16", "int8"), help="of the weights")
     convert.add_argument("--backbone", help="of a prompt: its name and fingerprint are recorded")
-    for command in (inspect, analyse, report, convert):
+    paper = commands.add_parser(
+        "reproduce", help="rerun a table or figure of the paper, beside its printed figures",
+        epilog="--gin.NAME=VALUE overrides a gin macro of every run.",
+    )  # fmt: skip
+    paper.add_argument("name", nargs="?", metavar="NAME", help="table1, figure3a, …; see --list")
+    paper.add_argument(
+        "--backbone", default="embedded", help="figure1 takes several, separated by commas"
+    )
+    paper.add_argument("--family", help="the folder that benchmarks/family.sh wrote")
+    paper.add_argument("--data_dir", help="folder of JSON Lines data sets")
+    paper.add_argument("--tfds_data_dir", help="folder of TensorFlow data sets")
+    paper.add_argument("--output_dir", help="default: softprompt_reproduce")
+    paper.add_argument("--list", action="store_true", help="print the names, run nothing")
+    paper.add_argument(
+        "--plan", action="store_true", help="print what would run and what it needs, run nothing"
+    )
+    paper.add_argument(
+        "--reduced", action="store_true",
+        help="fewer steps, seeds and tasks; always so with the embedded backbone",
+    )  # fmt: skip
+    for command in (inspect, analyse, report, convert, paper):
         command.add_argument(
             "--vocabulary_file", help="a SentencePiece model or 'bytes', where the source has none"
         )
@@ -283,6 +303,34 @@ def _run_gin(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> int:
     return 0
 
 
+def _reproduce(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> int:
+    _keep_memory()
+    _import_tensorflow()
+    import seqio
+
+    from softprompt import experiments, reproduce
+    from softprompt.tasks import sources
+
+    if args.data_dir:
+        sources.use_data_dir(args.data_dir)
+    if args.tfds_data_dir:
+        seqio.set_tfds_data_dir_override(args.tfds_data_dir)
+    if args.list or not args.name:
+        print("\n".join(experiments.listing()))
+        return 0
+    options = experiments.Options(
+        backbones=tuple(args.backbone.split(",")),
+        output_dir=pathlib.Path(args.output_dir or "softprompt_reproduce"),
+        family=args.family,
+        vocabulary_file=args.vocabulary_file,
+        data=bool(args.data_dir or args.tfds_data_dir or os.environ.get("SOFTPROMPT_DATA_DIR")),
+        reduced=args.reduced,
+        bindings=tuple(bindings),
+    )
+    reproduce.run(args.name, options, args.plan)
+    return 0
+
+
 def _gin_bindings(args: argparse.Namespace) -> list[tuple[str, str]]:
     """What `--gin_bindings` gives, as T5X has it."""
     bindings = []
@@ -318,7 +366,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         rest, bindings = split_gin(sys.argv[1:] if arguments is None else arguments)
         args = parser().parse_args(rest)
-        if bindings and args.command not in GIN_COMMANDS:
+        if bindings and args.command not in (*GIN_COMMANDS, "reproduce"):
             raise ValueError(f"softprompt {args.command} takes no --gin flags")
         _use_compilation_cache()
         if args.command in GIN_COMMANDS:
@@ -327,6 +375,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _keep_memory()
             with hosts.job(**{name: getattr(args, name, None) for name in JOB_FLAGS}):
                 return _run_gin(args, bindings)
+        if args.command == "reproduce":
+            return _reproduce(args, bindings)
         if args.command == "quickstart":
             from softprompt import quickstart
 

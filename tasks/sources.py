@@ -116,6 +116,37 @@ def rows(spec: Spec, split: str) -> Iterator[Row]:
     return tfds_rows(spec.tfds_name, spec.tfds_splits.get(source, source), spec.name)
 
 
+_specs: dict[str, Spec] = {}
+
+
+def check_at_hand(task: str, split: str) -> None:
+    """Raises, and reads no rows, where a benchmark task's split is not at hand.
+
+    Without a folder of the user's, TFDS must have prepared it: nothing is downloaded to find out.
+    """
+    spec = _specs.get(task)
+    if spec is None:
+        raise ValueError(f"{task!r} is not a benchmark task that this package brings")
+    source = spec.splits[split] if isinstance(spec.splits, Mapping) else split
+    if local_file(spec.folder, source) is not None:
+        return
+    if spec.tfds_name is None:
+        raise ValueError(
+            f"the data of {task} is not at hand: name a folder that has "
+            f"{spec.folder}/{source}.jsonl by --data_dir or SOFTPROMPT_DATA_DIR"
+        )
+    try:
+        prepared = seqio.LazyTfdsLoader(spec.tfds_name).builder.data_path.exists()
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(f"TFDS cannot give {spec.tfds_name} ({reason})") from None
+    if not prepared:
+        raise ValueError(
+            f"TFDS has not prepared {spec.tfds_name}: run `tfds build {spec.tfds_name}`, or name a "
+            f"folder that has {spec.folder}/{source}.jsonl by --data_dir"
+        )
+
+
 def dataset_of(
     examples: Callable[[str], Iterator[dict[str, Any]]], extras: Mapping[str, tf.TensorSpec]
 ) -> Callable[..., tf.data.Dataset]:
@@ -164,6 +195,7 @@ def add_mixture(name: str, tasks: Sequence[str]) -> None:
 
 def register(spec: Spec) -> None:
     """Registers a benchmark task."""
+    _specs[spec.name] = spec
 
     def examples(split: str) -> Iterator[dict[str, Any]]:
         text = spec.train_text if split == "train" and spec.train_text else spec.text
