@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 
 from softprompt import formats
+from softprompt import similarity as spot
 from softprompt.backbone import Backbone
 from softprompt.formats import prompts
+from softprompt.similarity import unit
 from softprompt.vocabulary import AnyVocabulary
 
 METRICS = ("cosine", "euclidean")
@@ -143,11 +145,6 @@ def words_for(
 # --- figures ------------------------------------------------------------------------------------
 
 
-def unit(rows: np.ndarray) -> np.ndarray:
-    """Rows scaled to length 1 (a row of zeros stays)."""
-    return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
-
-
 def nearest_tokens(
     array: np.ndarray, embedding: np.ndarray, count: int = 5, metric: str = "cosine"
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -177,16 +174,17 @@ def similarity(arrays: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
     positions, both SPoT's; `best_match` is the mean over positions of the cosine with the most
     similar position of the other prompt, over both directions.
     """
-    means = unit(np.stack([a.mean(0) for a in arrays]))
     units = [unit(a) for a in arrays]
-    count = len(arrays)
-    best, average = np.zeros((count, count)), np.zeros((count, count))
-    for i in range(count):
-        for j in range(i, count):
-            cosines = units[i] @ units[j].T
-            best[i, j] = best[j, i] = (cosines.max(1).mean() + cosines.max(0).mean()) / 2
-            average[i, j] = average[j, i] = cosines.mean()
-    return {"mean_prompt": means @ means.T, "best_match": best, "mean_position": average}
+
+    def best_match(a: np.ndarray, b: np.ndarray) -> float:
+        cosines = a @ b.T
+        return float(cosines.max(1).mean() + cosines.max(0).mean()) / 2
+
+    return {
+        "mean_prompt": spot.matrix(arrays, "average"),
+        "best_match": np.array([[best_match(a, b) for b in units] for a in units]),
+        "mean_position": spot.matrix(arrays, "per_token"),
+    }
 
 
 def groups(ids: np.ndarray) -> list[list[int]]:

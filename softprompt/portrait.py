@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from softprompt import analysis, checkpoint
+from softprompt.similarity import unit
 
 # Tokens are written beside positions up to this length.
 NAMED_POSITIONS = 40
@@ -142,7 +143,7 @@ def _heatmap(figure, ax, facts: Mapping[str, Any], kind: str, title: str) -> Non
 
 
 def _cosines(figure, ax, prompt: analysis.Named) -> None:
-    rows = analysis.unit(prompt.array)
+    rows = unit(prompt.array)
     image = ax.imshow(rows @ rows.T, vmin=-1, vmax=1, cmap="RdBu_r")
     ax.set(title=f"{_plain(prompt.name)}: cosines between positions", xlabel="position")
     ax.yaxis.get_major_locator().set_params(integer=True)

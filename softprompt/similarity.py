@@ -20,19 +20,19 @@ Measure = Callable[[np.ndarray, np.ndarray], float]
 
 def average_cosine(a: np.ndarray, b: np.ndarray) -> float:
     """Cosine between the mean vectors of `a` `[P, H]` and `b` `[Q, H]` (their "average tokens")."""
-    return float(_unit(a.mean(0, dtype=np.float64)) @ _unit(b.mean(0, dtype=np.float64)))
+    return float(unit(a.mean(0, dtype=np.float64)) @ unit(b.mean(0, dtype=np.float64)))
 
 
 def per_token_cosine(a: np.ndarray, b: np.ndarray) -> float:
     """Mean cosine over all pairs of a vector of `a` `[P, H]` and one of `b` `[Q, H]`."""
     # The mean over pairs of products is the product of the means.
-    return float(_unit(a.astype(np.float64)).mean(0) @ _unit(b.astype(np.float64)).mean(0))
+    return float(unit(a.astype(np.float64)).mean(0) @ unit(b.astype(np.float64)).mean(0))
 
 
 MEASURES: dict[str, Measure] = {"average": average_cosine, "per_token": per_token_cosine}
 
 
-def _unit(x: np.ndarray) -> np.ndarray:
+def unit(x: np.ndarray) -> np.ndarray:
     """Vectors on the last axis, of length 1; a zero vector stays zero."""
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
