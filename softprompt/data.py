@@ -5,6 +5,8 @@ A batch holds `encoder_ids` `[B, P + T]` (P slots, then tokens; 0 is padding) an
 and go on anywhere. TensorFlow and seqio are imported only by the functions that read seqio tasks.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import itertools
@@ -18,9 +20,9 @@ from softprompt.vocabulary import EOS_ID, Vocabulary
 
 Batch = dict[str, np.ndarray]
 LENGTH_MULTIPLE = 8
-# Two lengths per doubling: at most a third of a row is padding, and few shapes compile.
 # Streamed text: targets of at most so many tokens are batched apart from longer ones.
 SHORT_TARGETS = 16
+# Two lengths per doubling: at most a third of a row is padding, and few shapes compile.
 EVAL_BUCKETS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 
 
@@ -421,8 +423,37 @@ def _check_tokens(task: Any, records: Sequence[Mapping[str, Any]], folder: str) 
                 )
 
 
+_kept: contextvars.ContextVar[dict[Any, list] | None] = contextvars.ContextVar("kept", default=None)
+
+
+@contextlib.contextmanager
+def keeping_records() -> Iterator[None]:
+    """Within it every split is read and tokenised once for all runs, and stays in memory."""
+    token = _kept.set({})
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
 def from_task(task: Any, split: str, lengths: Mapping[str, int]) -> Examples:
     """All examples of a seqio task's split, tokenised, in memory; from its offline cache if any."""
+    kept = _kept.get()
+    if kept is None:
+        records = _records(task, split)
+    else:
+        from softprompt.tasks import features
+
+        key = (task, split, features.vocabulary_path())
+        if key not in kept:
+            kept[key] = _records(task, split)
+        records = kept[key]
+    inputs = [r.get("inputs", np.zeros(0, np.int32)) for r in records]
+    targets = [r["targets"] for r in records]
+    return make_examples(task.name, inputs, targets, records, lengths)
+
+
+def _records(task: Any, split: str) -> list[dict[str, Any]]:
     if split not in task.splits:
         raise ValueError(
             f"task {task.name} has no split {split!r}; it has {', '.join(task.splits)}"
@@ -437,9 +468,7 @@ def from_task(task: Any, split: str, lengths: Mapping[str, int]) -> Examples:
         raise ValueError(f"task {task.name}, split {split!r}: there are no examples")
     if cached is not None:
         _check_tokens(task, records, cached)
-    inputs = [r.get("inputs", np.zeros(0, np.int32)) for r in records]
-    targets = [r["targets"] for r in records]
-    return make_examples(task.name, inputs, targets, records, lengths)
+    return records
 
 
 def prefix_targets(examples: Examples, prefix: Sequence[int]) -> Examples:
