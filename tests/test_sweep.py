@@ -9,7 +9,7 @@ import pytest
 from softprompt import config, data, sweep
 from softprompt.__main__ import main
 
-PARTS = ("sweeps/common.gin", "sweeps/benchmark_tasks.gin")
+PARTS = ("sweeps/common.gin", "sweeps/benchmark_tasks.gin", "sweeps/super_glue_tasks.gin")
 SWEEPS = [f for f in config.shipped() if f.startswith("sweeps/") and f not in PARTS]
 MODEL = "models/t5_1_1_embedded.gin"
 
