@@ -7,9 +7,6 @@ import importlib
 import json
 import os
 import pathlib
-import platform
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -33,6 +30,7 @@ from softprompt import (
     partition,
     prompt,
     prompted,
+    provenance,
     reparameterise,
     report,
     tree,
@@ -345,7 +343,7 @@ def train(
             arrays = {k: int8.value(arrays, k) for k in int8.parameters(arrays)}
         name = backbone_name or backbone.name
         positions = note["step"] * batch_size * sum(task_feature_lengths.values())
-        origin = {"trained_from": _origin(backbone), "seed": seed, "commit": _commit()}
+        origin = {"trained_from": _origin(backbone), "seed": seed, "commit": provenance.commit()}
         note = {"task": mixture_or_task_name, "positions": positions, **origin, **note}
         stored = Stored.of(name, backbone.cfg, arrays, vocabulary, note)
         return native.save(path, stored, backbone_dtype)
@@ -388,7 +386,7 @@ def train(
 
     task_labels = {task.name: own for (task, _), own in zip(tasks, class_labels, strict=True)}
     cost = _cost(backbone, initial, deep, reparameterisation, trainable, backbone_dtype)
-    _write_run_files(folder, backbone, {**about, "labels": task_labels, **cost})
+    provenance.write(folder, backbone, {**about, "labels": task_labels, **cost})
     count = tree.count({k: backbone.params[k] for k in int8.parameters(backbone.params)})
     # What is loaded in fewer bits than it is stored in has another one than the backbone.
     before = tree.fingerprint(backbone.params) if backbone.weights != "float32" else None
@@ -504,46 +502,6 @@ def label_count(settings: Mapping[str, Any]) -> int:
 def _origin(backbone: Backbone) -> dict[str, Any]:
     """Where a trained backbone started, with that one's own origins."""
     return {"name": backbone.name, "fingerprint": backbone.fingerprint, **backbone.metadata}
-
-
-def _write_run_files(folder: pathlib.Path, backbone: Backbone, about: Mapping[str, Any]) -> None:
-    checkpoint.write_atomically(folder / "config.gin", config.operative().encode())
-    facts = {
-        **about,
-        **invocation(),
-        "versions": versions(),
-        "commit": _commit(),
-        "devices": [str(d) for d in jax.devices()],
-        "platform": platform.platform(),
-        "mesh": dict(backbone.mesh.shape),
-    }
-    checkpoint.write_atomically(folder / "run.json", json.dumps(facts, indent=2).encode())
-
-
-def invocation() -> dict[str, Any]:
-    """The command of this process, the folder it was given in, and variables that bear on it."""
-    names = ("SOFTPROMPT_DATA_DIR", "JAX_PLATFORMS", "XLA_FLAGS", "CUDA_VISIBLE_DEVICES")
-    variables = {name: os.environ[name] for name in names if name in os.environ}
-    return {"command": sys.argv, "directory": os.getcwd(), "variables": variables}
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a run's figures depend on."""
-    from importlib import metadata
-
-    names = ("softprompt", "jax", "jaxlib", "flax", "optax", "seqio", "numpy", "sentencepiece")
-    return {"python": platform.python_version(), **{n: metadata.version(n) for n in names}}
-
-
-def _commit() -> str | None:
-    """The commit of a checkout, None for an installed package."""
-    root = pathlib.Path(__file__).parent.parent
-    if not (root / ".git").exists():
-        return None
-    found = subprocess.run(
-        ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip() or None
 
 
 def _prompted(
@@ -806,7 +764,7 @@ def _report(
     checkpoint.write_atomically(folder / f"{name}.json", json.dumps(figures, indent=2).encode())
     if not (folder / "train.jsonl").exists():  # A training run's own facts stay.
         of = {"backbone": backbone.name, "backbone_fingerprint": backbone.fingerprint}
-        _write_run_files(folder, backbone, {**of, **said, "labels": labels})
+        provenance.write(folder, backbone, {**of, **said, "labels": labels})
     report.attempt(folder)
 
 
