@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import glob
-import importlib
 import json
 import os
 import pathlib
@@ -40,60 +39,10 @@ from softprompt import train as training
 from softprompt.backbone import Backbone
 from softprompt.formats import Stored, native
 from softprompt.logbook import Progress, duration, say, size, track
+from softprompt.settings import UserData, check_settings, load_tasks, use_vocabulary
 from softprompt.vocabulary import AnyVocabulary, open_vocabulary
 
 Path = str | os.PathLike
-
-
-@dataclasses.dataclass(frozen=True)
-class UserData:
-    """A user's own data set, as files: see `softprompt.tasks.user.register_task`."""
-
-    train_file: str | None = None
-    validation_file: str | None = None
-    test_file: str | None = None
-    template: str = "{text}"
-    target: str = "label"
-    labels: Sequence[str] | None = None
-
-
-def _check_settings(dtype: str, lengths: Mapping[str, int], **counts: tuple[Any, int]) -> None:
-    """Raises where a type, a feature length or a count `NAME=(value, least)` makes no sense."""
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"DTYPE is {dtype!r}, expected 'float32', 'bfloat16' or 'float16'")
-    if not isinstance(lengths, Mapping) or set(lengths) != {"inputs", "targets"}:
-        raise ValueError(
-            f"TASK_FEATURE_LENGTHS is {lengths!r}, expected {{'inputs': …, 'targets': …}}"
-        )
-    counts |= {f"TASK_FEATURE_LENGTHS[{name!r}]": (n, 2) for name, n in lengths.items()}
-    for name, (value, least) in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name} is {value!r}, expected an integer of at least {least}")
-
-
-def _load_tasks(name: str, modules: str | Sequence[str] | None, user: UserData | None):
-    """Imports the modules that register tasks; returns seqio's tasks and rates under `name`."""
-    for module in [modules] if isinstance(modules, str) else modules or []:
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            raise ValueError(f"MIXTURE_OR_TASK_MODULE {module!r}: {error}") from None
-    if user and (user.train_file or user.validation_file or user.test_file):
-        from softprompt.tasks.user import register_task
-
-        files = {
-            split: getattr(user, f"{split}_file")
-            for split in ("train", "validation", "test")
-            if getattr(user, f"{split}_file")
-        }
-        register_task(
-            name,
-            **{f"{split}_file": path for split, path in files.items()},
-            template=user.template,
-            target=user.target,
-            labels=user.labels,
-        )
-    return data.get_tasks(name)
 
 
 def _load_backbone(
@@ -153,15 +102,6 @@ class Shared:
         except TypeError:
             return repr(argument)
         return argument
-
-
-def _use_vocabulary(backbone: Backbone) -> AnyVocabulary:
-    from softprompt.tasks import features
-
-    if backbone.vocabulary is None:
-        raise ValueError(f"the backbone {backbone.name!r} has no vocabulary; give VOCABULARY_FILE")
-    features.use_vocabulary(backbone.vocabulary.path)
-    return backbone.vocabulary
 
 
 def train(
@@ -233,7 +173,7 @@ def train(
     """
     shared = shared or Shared()
     began = time.monotonic()
-    _check_settings(
+    check_settings(
         dtype,
         task_feature_lengths,
         TRAIN_STEPS=(train_steps, 1),
@@ -258,7 +198,7 @@ def train(
         initial_checkpoint_path, architecture, vocabulary_file, devices, dtype, dropout_rate,
         seed if initial_checkpoint_path is None else 0, weights, remat,
     )  # fmt: skip
-    vocabulary = _use_vocabulary(backbone)
+    vocabulary = use_vocabulary(backbone)
     prefix = (vocabulary.sentinel(0),) if target_sentinel else ()
     if embeddings_file is not None:
         params = cooccurrence.start_from(backbone.params, embeddings_file)
@@ -268,7 +208,7 @@ def train(
         from softprompt.tasks import pretraining
 
         pretraining.use_corpus(text_corpus)
-    tasks = shared(_load_tasks, mixture_or_task_name, mixture_or_task_module, user_data)
+    tasks = shared(load_tasks, mixture_or_task_name, mixture_or_task_module, user_data)
     batch_size = training.rows_for(batch_size, devices, microbatches)
     own = partition.local_rows(devices, batch_size)
     slots = prompted.slots(backbone.cfg.vocab_size, prompt_length)
@@ -488,7 +428,7 @@ def label_count(settings: Mapping[str, Any]) -> int:
     """How many labels the task that `train`'s arguments name has, read off its definition."""
     if settings["mixture_or_task_name"] is None:
         raise ValueError("LOSS 'labels' needs MIXTURE_OR_TASK_NAME, whose number of labels decides")
-    tasks = _load_tasks(
+    tasks = load_tasks(
         settings["mixture_or_task_name"],
         settings["mixture_or_task_module"],
         settings["user_data"],
@@ -591,7 +531,7 @@ def eval(
     their average, of the best by `best_metric`, and of the ensemble; `measure_cost` compares the
     ensemble's speed with that of separate runs. The majority vote's figures are returned.
     """
-    _check_settings(dtype, task_feature_lengths, BATCH_SIZE=(batch_size, 1), BEAMS=(beams, 1))
+    check_settings(dtype, task_feature_lengths, BATCH_SIZE=(batch_size, 1), BEAMS=(beams, 1))
     backbone = backbones.load(
         initial_checkpoint_path,
         dtype,
@@ -599,7 +539,7 @@ def eval(
         vocabulary_file=vocabulary_file,
         weights=weights,
     )
-    vocabulary = _use_vocabulary(backbone)
+    vocabulary = use_vocabulary(backbone)
     files = None if prompt_files is None else _listed(prompt_files)
     if files is None:
         flat, length = _prompted(backbone, prompt_file, ignore_fingerprint)
@@ -612,7 +552,7 @@ def eval(
         flat, length = _banked(backbone, files, ignore_fingerprint)
     tasks = [
         evaluation.from_task(task, split, task_feature_lengths, vocabulary)
-        for task, _ in _load_tasks(mixture_or_task_name, mixture_or_task_module, user_data)
+        for task, _ in load_tasks(mixture_or_task_name, mixture_or_task_module, user_data)
     ]
     for task in tasks:
         if message := data.cut_message(task.examples, task_feature_lengths):
@@ -701,7 +641,7 @@ def baseline(
     """Evaluates what prompt tuning is held against (see `baselines`); prints figures as JSON."""
     if method not in baselines.METHODS:
         raise ValueError(f"METHOD is {method!r}, expected one of {', '.join(baselines.METHODS)}")
-    _check_settings(dtype, task_feature_lengths, BATCH_SIZE=(batch_size, 1), SHOTS=(shots, 0))
+    check_settings(dtype, task_feature_lengths, BATCH_SIZE=(batch_size, 1), SHOTS=(shots, 0))
     backbone = backbones.load(
         initial_checkpoint_path,
         dtype,
@@ -709,8 +649,8 @@ def baseline(
         vocabulary_file=vocabulary_file,
         weights=weights,
     )
-    vocabulary = _use_vocabulary(backbone)
-    found = _load_tasks(mixture_or_task_name, mixture_or_task_module, user_data)
+    vocabulary = use_vocabulary(backbone)
+    found = load_tasks(mixture_or_task_name, mixture_or_task_module, user_data)
     predictor = evaluation.Predictor(
         backbone, 0, eval_mode, batch_size, task_feature_lengths["targets"]
     )
@@ -857,7 +797,7 @@ def infer(
     from softprompt.tasks import records
 
     lengths = task_feature_lengths or {"inputs": 512, "targets": 64}
-    _check_settings(dtype, lengths, BATCH_SIZE=(batch_size, 1), BEAMS=(beams, 1), TOP_K=(top_k, 0))
+    check_settings(dtype, lengths, BATCH_SIZE=(batch_size, 1), BEAMS=(beams, 1), TOP_K=(top_k, 0))
     rows = list(track(records.read(input_file), f"reading {input_file}", "rows"))
     named = None
     if prompts is not None:
