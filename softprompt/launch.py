@@ -448,17 +448,14 @@ def _prompted(
     backbone: Backbone, prompt_file: Path | None, ignore_fingerprint: bool
 ) -> tuple[tree.Flat, int]:
     """Parameters with the prompt in `prompt_file`, and its length (0 for None)."""
-    flat = dict(backbone.params)
     if prompt_file is None:
-        return flat, 0
-    found = prompt.load_parameters(prompt_file, backbone, ignore_fingerprint)
-    _, _, metadata = prompt.load_deep(prompt_file)
-    trained_on = metadata.get("backbone_weights", backbone.weights)
+        return dict(backbone.params), 0
+    found = prompt.load_for(prompt_file, backbone, ignore_fingerprint)
+    trained_on = found.metadata.get("backbone_weights", backbone.weights)
     if trained_on != backbone.weights:
         say(f"{prompt_file}: trained on {trained_on} weights, these are {backbone.weights}")
-    everywhere = partition.replicated(backbone.mesh)
-    flat |= {name: partition.place(x, everywhere) for name, x in found.items()}
-    return flat, len(found[training.PROMPT])
+    flat, [length] = prompt.attach(backbone, [found.array], found.deep)
+    return flat, length
 
 
 def _banked(
@@ -469,14 +466,9 @@ def _banked(
     for path in prompt_files:
         array = None
         if path is not None:
-            array, metadata = prompt.load(path)
-            prompt.check_backbone(path, array, metadata, backbone, ignore_fingerprint)
+            array = prompt.load_for(path, backbone, ignore_fingerprint, deep=False).array
         arrays.append(array)
-    bank, lengths = prompt.bank(arrays, backbone.cfg.emb_dim)
-    flat = dict(backbone.params)
-    if len(bank):
-        flat[training.PROMPT] = partition.place(bank, partition.replicated(backbone.mesh))
-    return flat, lengths
+    return prompt.attach(backbone, arrays)
 
 
 def _target_prefix(files: Sequence[Path | None], vocabulary: AnyVocabulary) -> tuple[int, ...]:
