@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from softprompt import backbone as backbones
 from softprompt import (
@@ -34,45 +33,70 @@ from softprompt.settings import UserData, check_settings, load_tasks, use_vocabu
 from softprompt.vocabulary import AnyVocabulary
 
 Path = str | os.PathLike
+# A prompt's file and what is in it; None and None for the bare backbone.
+Read = tuple[Path | None, prompt.Prompt | None]
 
 
-def _prompted(
-    backbone: Backbone, prompt_file: Path | None, ignore_fingerprint: bool
-) -> tuple[tree.Flat, int]:
-    """Parameters with the prompt in `prompt_file`, and its length (0 for None)."""
-    if prompt_file is None:
+def _opened(
+    initial_checkpoint_path: str,
+    vocabulary_file: str | None,
+    mesh: Callable[[], jax.sharding.Mesh],
+    dtype: str,
+    weights: str | None,
+    mixture_or_task_name: str,
+    mixture_or_task_module: str | Sequence[str] | None,
+    user_data: UserData | None,
+) -> tuple[Backbone, AnyVocabulary, Sequence[Any]]:
+    """The backbone, its vocabulary, and the seqio tasks that an evaluation's settings name."""
+    backbone = backbones.load(
+        initial_checkpoint_path,
+        dtype,
+        mesh=mesh(),
+        vocabulary_file=vocabulary_file,
+        weights=weights,
+    )
+    vocabulary = use_vocabulary(backbone)
+    found = load_tasks(mixture_or_task_name, mixture_or_task_module, user_data)
+    return backbone, vocabulary, [task for task, _ in found]
+
+
+def _read(
+    backbone: Backbone, files: Sequence[Path | None], ignore_fingerprint: bool, deep: bool
+) -> list[Read]:
+    """The prompts in `files`; one that is deep is an error unless `deep`."""
+    return [
+        (file, None if file is None else prompt.load_for(file, backbone, ignore_fingerprint, deep))
+        for file in files
+    ]
+
+
+def _alone(backbone: Backbone, read: Read) -> tuple[tree.Flat, int]:
+    """Parameters with one prompt, and its length (0 for None)."""
+    file, found = read
+    if found is None:
         return dict(backbone.params), 0
-    found = prompt.load_for(prompt_file, backbone, ignore_fingerprint)
     trained_on = found.metadata.get("backbone_weights", backbone.weights)
     if trained_on != backbone.weights:
-        say(f"{prompt_file}: trained on {trained_on} weights, these are {backbone.weights}")
+        say(f"{file}: trained on {trained_on} weights, these are {backbone.weights}")
     flat, [length] = prompt.attach(backbone, [found.array], found.deep)
     return flat, length
 
 
-def _banked(
-    backbone: Backbone, prompt_files: Sequence[Path | None], ignore_fingerprint: bool
-) -> tuple[tree.Flat, list[int]]:
-    """Parameters with a bank of the prompts in `prompt_files`, and the length of each."""
-    arrays: list[np.ndarray | None] = []
-    for path in prompt_files:
-        array = None
-        if path is not None:
-            array = prompt.load_for(path, backbone, ignore_fingerprint, deep=False).array
-        arrays.append(array)
-    return prompt.attach(backbone, arrays)
+def _together(backbone: Backbone, read: Sequence[Read]) -> tuple[tree.Flat, list[int]]:
+    """Parameters with a bank of the prompts, and the length of each."""
+    return prompt.attach(backbone, [found and found.array for _, found in read])
 
 
-def _target_prefix(files: Sequence[Path | None], vocabulary: AnyVocabulary) -> tuple[int, ...]:
-    """Ids before every target, where the prompts in `files` were trained with TARGET_SENTINEL."""
-    given = [file for file in files if file is not None]
-    found = {bool(prompt.load_deep(file)[2].get("target_sentinel")) for file in given}
-    if len(found) > 1:
+def _target_prefix(read: Sequence[Read], vocabulary: AnyVocabulary) -> tuple[int, ...]:
+    """Ids before every target, where the prompts were trained with TARGET_SENTINEL."""
+    given = {str(file): found for file, found in read if found is not None}
+    kinds = {bool(found.metadata.get("target_sentinel")) for found in given.values()}
+    if len(kinds) > 1:
         raise ValueError(
-            f"of the prompts {', '.join(map(str, given))} some were trained with TARGET_SENTINEL, "
-            f"some without: they cannot predict together"
+            f"of the prompts {', '.join(given)} some were trained with TARGET_SENTINEL, some "
+            f"without: they cannot predict together"
         )
-    return (vocabulary.sentinel(0),) if found == {True} else ()
+    return (vocabulary.sentinel(0),) if kinds == {True} else ()
 
 
 def _listed(prompt_files: str | Sequence[Path]) -> list[str]:
@@ -116,41 +140,33 @@ def eval(
     ensemble's speed with that of separate runs. The majority vote's figures are returned.
     """
     check_settings(dtype, task_feature_lengths, BATCH_SIZE=(batch_size, 1), BEAMS=(beams, 1))
-    backbone = backbones.load(
-        initial_checkpoint_path,
-        dtype,
-        mesh=mesh(),
-        vocabulary_file=vocabulary_file,
-        weights=weights,
-    )
-    vocabulary = use_vocabulary(backbone)
-    files = None if prompt_files is None else _listed(prompt_files)
-    if files is None:
-        flat, length = _prompted(backbone, prompt_file, ignore_fingerprint)
-    elif prompt_file is not None or beams > 1:
+    backbone, vocabulary, sources = _opened(
+        initial_checkpoint_path, vocabulary_file, mesh, dtype, weights,
+        mixture_or_task_name, mixture_or_task_module, user_data,
+    )  # fmt: skip
+    together = prompt_files is not None
+    if together and (prompt_file is not None or beams > 1):
         raise ValueError(
             f"PROMPT_FILES vote without PROMPT_FILE and by greedy texts; got PROMPT_FILE "
             f"{prompt_file!r}, BEAMS {beams}"
         )
-    else:
-        flat, length = _banked(backbone, files, ignore_fingerprint)
+    files = _listed(prompt_files) if together else [prompt_file]
+    read = _read(backbone, files, ignore_fingerprint, deep=not together)
+    flat, length = _together(backbone, read) if together else _alone(backbone, read[0])
     tasks = [
-        evaluation.from_task(task, split, task_feature_lengths, vocabulary)
-        for task, _ in load_tasks(mixture_or_task_name, mixture_or_task_module, user_data)
+        evaluation.from_task(source, split, task_feature_lengths, vocabulary) for source in sources
     ]
     for task in tasks:
         if message := data.cut_message(task.examples, task_feature_lengths):
             say(message)
     predictor = evaluation.Predictor(
         backbone, length, eval_mode, batch_size, task_feature_lengths["targets"], beams,
-        prefix=_target_prefix(files or [prompt_file], vocabulary),
+        prefix=_target_prefix(read, vocabulary),
     )  # fmt: skip
-    if files is not None:
+    if together:
         for task in tasks:
             evaluation.check_metric(best_metric, [task])
-        alone = []
-        if measure_cost:
-            alone = [_prompted(backbone, file, ignore_fingerprint) for file in files]
+        alone = [_alone(backbone, one) for one in read] if measure_cost else []
         return _ensemble(predictor, flat, tasks, files, best_metric, split, eval_output_dir, alone)
     figures = evaluation.evaluate(predictor, flat, tasks, eval_output_dir)
     labels = {task.name: task.labels for task in tasks}
@@ -222,20 +238,15 @@ def baseline(
     if method not in baselines.METHODS:
         raise ValueError(f"METHOD is {method!r}, expected one of {', '.join(baselines.METHODS)}")
     check_settings(dtype, task_feature_lengths, BATCH_SIZE=(batch_size, 1), SHOTS=(shots, 0))
-    backbone = backbones.load(
-        initial_checkpoint_path,
-        dtype,
-        mesh=mesh(),
-        vocabulary_file=vocabulary_file,
-        weights=weights,
-    )
-    vocabulary = use_vocabulary(backbone)
-    found = load_tasks(mixture_or_task_name, mixture_or_task_module, user_data)
+    backbone, vocabulary, sources = _opened(
+        initial_checkpoint_path, vocabulary_file, mesh, dtype, weights,
+        mixture_or_task_name, mixture_or_task_module, user_data,
+    )  # fmt: skip
     predictor = evaluation.Predictor(
         backbone, 0, eval_mode, batch_size, task_feature_lengths["targets"]
     )
     figures: dict[str, float] = {}
-    for source, _ in found:
+    for source in sources:
         task = evaluation.from_task(source, split, task_feature_lengths, vocabulary)
         scores = None
         if method in ("none", "priming"):
@@ -257,11 +268,11 @@ def baseline(
                 predictions = baselines.majority(train_set, task, vocabulary)
             else:
                 predictions = baselines.probe(backbone, train_set, task, seed)
-        figures |= evaluation.judged(task, predictions, len(found) > 1)
+        figures |= evaluation.judged(task, predictions, len(sources) > 1)
         if eval_output_dir is not None:
             path = pathlib.Path(eval_output_dir) / "predictions" / f"{task.name}.jsonl"
             evaluation.write_predictions(path, task, predictions, scores)
-    labels = {source.name: evaluation.label_classes(source) for source, _ in found}
+    labels = {source.name: evaluation.label_classes(source) for source in sources}
     _report(mixture_or_task_name, split, figures, eval_output_dir, backbone, labels, method=method)
     return figures
 
@@ -394,10 +405,9 @@ def infer(
         vocabulary_file=vocabulary_file,
         weights=weights,
     )
-    if named is None:
-        flat, length = _prompted(backbone, prompt_file, ignore_fingerprint)
-    else:
-        flat, length = _banked(backbone, named.files, ignore_fingerprint)
+    files = [prompt_file] if named is None else named.files
+    read = _read(backbone, files, ignore_fingerprint, deep=named is None)
+    flat, length = _alone(backbone, read[0]) if named is None else _together(backbone, read)
     mode = evaluation.RANK if labels else evaluation.GENERATE
     predictor = evaluation.Predictor(
         backbone,
@@ -410,7 +420,7 @@ def infer(
         top_k,
         top_p,
         seed,
-        _target_prefix([prompt_file] if named is None else named.files, backbone.vocabulary),
+        _target_prefix(read, backbone.vocabulary),
     )
     partial = pathlib.Path(f"{output_file}.partial")
     done = _complete_lines(partial)
