@@ -5,6 +5,8 @@ A batch holds `encoder_ids` `[B, P + T]` (P slots, then tokens; 0 is padding) an
 and go on anywhere. TensorFlow and seqio are imported only by the functions that read seqio tasks.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import itertools
@@ -18,6 +20,8 @@ from softprompt.vocabulary import EOS_ID, Vocabulary
 
 Batch = dict[str, np.ndarray]
 LENGTH_MULTIPLE = 8
+# Streamed text: targets of at most so many tokens are batched apart from longer ones.
+SHORT_TARGETS = 16
 # Two lengths per doubling: at most a third of a row is padding, and few shapes compile.
 EVAL_BUCKETS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 
@@ -419,8 +423,37 @@ def _check_tokens(task: Any, records: Sequence[Mapping[str, Any]], folder: str) 
                 )
 
 
+_kept: contextvars.ContextVar[dict[Any, list] | None] = contextvars.ContextVar("kept", default=None)
+
+
+@contextlib.contextmanager
+def keeping_records() -> Iterator[None]:
+    """Within it every split is read and tokenised once for all runs, and stays in memory."""
+    token = _kept.set({})
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
 def from_task(task: Any, split: str, lengths: Mapping[str, int]) -> Examples:
     """All examples of a seqio task's split, tokenised, in memory; from its offline cache if any."""
+    kept = _kept.get()
+    if kept is None:
+        records = _records(task, split)
+    else:
+        from softprompt.tasks import features
+
+        key = (task, split, features.vocabulary_path())
+        if key not in kept:
+            kept[key] = _records(task, split)
+        records = kept[key]
+    inputs = [r.get("inputs", np.zeros(0, np.int32)) for r in records]
+    targets = [r["targets"] for r in records]
+    return make_examples(task.name, inputs, targets, records, lengths)
+
+
+def _records(task: Any, split: str) -> list[dict[str, Any]]:
     if split not in task.splits:
         raise ValueError(
             f"task {task.name} has no split {split!r}; it has {', '.join(task.splits)}"
@@ -435,9 +468,7 @@ def from_task(task: Any, split: str, lengths: Mapping[str, int]) -> Examples:
         raise ValueError(f"task {task.name}, split {split!r}: there are no examples")
     if cached is not None:
         _check_tokens(task, records, cached)
-    inputs = [r.get("inputs", np.zeros(0, np.int32)) for r in records]
-    targets = [r["targets"] for r in records]
-    return make_examples(task.name, inputs, targets, records, lengths)
+    return records
 
 
 def prefix_targets(examples: Examples, prefix: Sequence[int]) -> Examples:
@@ -467,6 +498,9 @@ def stream_batches(
 ) -> Callable[[int], Iterator[Batch]]:
     """Endless batches of a task too large for memory (pre-training text), read as they are needed.
 
+    Examples of at most `SHORT_TARGETS` targets share batches that are padded to these, so that a
+    mixture of short and long targets costs what its tokens cost.
+
     seqio's pipeline is deterministic for a seed; starting at step k reads past k batches. For
     `own` see `train_batches`: the text of the other rows is read too, to keep the order.
     """
@@ -485,10 +519,17 @@ def stream_batches(
                 "targets": tf.cast(x["targets"][: lengths["targets"]], tf.int32),
             }
         )
-        dataset = dataset.padded_batch(
-            batch_size,
-            {"encoder_ids": [lengths["inputs"]], "targets": [lengths["targets"]]},
-            drop_remainder=True,
+
+        def batch(short, examples):
+            width = tf.where(short == 1, min(SHORT_TARGETS, lengths["targets"]), lengths["targets"])
+            shapes = {
+                "encoder_ids": tf.constant([lengths["inputs"]], tf.int64),
+                "targets": tf.cast(width, tf.int64)[None],
+            }
+            return examples.padded_batch(batch_size, shapes, drop_remainder=True)
+
+        dataset = dataset.group_by_window(
+            lambda x: tf.cast(tf.size(x["targets"]) <= SHORT_TARGETS, tf.int64), batch, batch_size
         )
         options = tf.data.Options()
         options.deterministic = True

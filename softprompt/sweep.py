@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from softprompt import checkpoint, config, launch, provenance, report
+from softprompt import checkpoint, config, data, launch, provenance, report
 from softprompt import train as training
 from softprompt.logbook import duration, say
 
@@ -169,23 +169,24 @@ def sweep(
     if odd := [name for name, _ in bindings if "." not in name and name not in known]:
         raise ValueError(f"--gin.{odd[0]}: no run of this sweep knows the name {odd[0]!r}")
     outcomes, spent = [], []
-    for number, run in enumerate(planned, 1):
-        binary = configure(run, files, bindings, search_paths)
-        if found := finished(run):
-            outcomes.append(found)
-            continue
-        left = ""
-        if spent:
-            left = f", about {duration(np.mean(spent) * (len(planned) - number + 1))} left"
-        say(f"--- run {number}/{len(planned)}: {run}{left}")
-        outcome = do(run, binary)
-        jax.clear_caches()
-        if outcome is None:
-            say(f"stopped during {run}; the same command goes on from here")
-            return False
-        outcomes.append(outcome)
-        spent.append(outcome.seconds)
-        write(spec, outcomes)
+    with data.keeping_records():
+        for number, run in enumerate(planned, 1):
+            binary = configure(run, files, bindings, search_paths)
+            if found := finished(run):
+                outcomes.append(found)
+                continue
+            left = ""
+            if spent:
+                left = f", about {duration(np.mean(spent) * (len(planned) - number + 1))} left"
+            say(f"--- run {number}/{len(planned)}: {run}{left}")
+            outcome = do(run, binary)
+            jax.clear_caches()
+            if outcome is None:
+                say(f"stopped during {run}; the same command goes on from here")
+                return False
+            outcomes.append(outcome)
+            spent.append(outcome.seconds)
+            write(spec, outcomes)
     table = write(spec, outcomes)
     say(f"{table}\n{len(outcomes)} runs in {spec.folder}: report.html, results.csv, plot.png")
     return True
@@ -412,7 +413,7 @@ def plot(
     axes.set(xlabel=spec.axis, ylabel="score", title=spec.title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=150)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
     plt.close(figure)
-    checkpoint.write_atomically(path, data.getvalue())
+    checkpoint.write_atomically(path, image.getvalue())

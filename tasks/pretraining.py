@@ -309,4 +309,6 @@ _register("pretrain_span_corruption", span_corruption)
 _register("pretrain_span_corruption_dense", functools.partial(span_corruption, noise_density=0.5))
 _register("pretrain_prefix_lm", prefix_lm)
 _register("pretrain_choice", choice)
-seqio.MixtureRegistry.add("pretrain_choice_and_lm", ["pretrain_choice", "pretrain_prefix_lm"], 0.5)
+seqio.MixtureRegistry.add(
+    "pretrain_choice_and_lm", [("pretrain_choice", 2.0), ("pretrain_prefix_lm", 1.0)]
+)

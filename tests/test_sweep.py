@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from softprompt import config, sweep
+from softprompt import config, data, sweep
 from softprompt.__main__ import main
 
 PARTS = ("sweeps/common.gin", "sweeps/benchmark_tasks.gin")
@@ -67,7 +67,15 @@ def test_a_sweep_runs_resumes_and_reports(tmp_path, small, capsys, monkeypatch):
     monkeypatch.setattr(sweep, "do", cut)
     assert main(["sweep", *small]) == 0
     assert "the same command goes on from here" in capsys.readouterr().out
+    read, reads = data._records, []
+
+    def counted(task, split):
+        reads.append((task.name, split))
+        return read(task, split)
+
+    monkeypatch.setattr(data, "_records", counted)
     assert main(["sweep", *small]) == 0
+    assert len(reads) == len(set(reads)), "no split is read twice"
     out = tmp_path / "out"
     rows = list(csv.DictReader(open(out / "results.csv")))
     # Eight runs; only the one that was cut off was begun twice.

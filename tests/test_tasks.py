@@ -331,6 +331,25 @@ def test_pretraining_reads_a_corpus(corpus):
         pretraining.use_corpus(None)
 
 
+def test_short_targets_are_batched_apart_from_long_ones(written_corpus):
+    import itertools
+
+    from softprompt import data
+
+    batches = data.stream_batches(
+        "pretrain_choice_and_lm", "train", {"inputs": 64, "targets": 64}, 4, 0
+    )
+    found = list(itertools.islice(batches(0), 12))
+    widths = [batch["targets"].shape for batch in found]
+    assert set(widths) == {(4, data.SHORT_TARGETS), (4, 64)}
+    for batch in found:
+        lengths = (batch["targets"] > 0).sum(1)
+        assert (lengths <= data.SHORT_TARGETS).all() == (lengths <= data.SHORT_TARGETS).any()
+        assert batch["encoder_ids"].shape == (4, 64)
+    [again] = itertools.islice(batches(7), 1)
+    np.testing.assert_array_equal(again["targets"], found[7]["targets"])
+
+
 def test_text_shards_are_read_through_every_compression(tmp_path):
     import gzip
     import lzma
