@@ -25,29 +25,13 @@ from softprompt import data, evaluation, optim, partition, prompted, report, tra
 from softprompt import population as populations
 from softprompt import prompt as prompts
 from softprompt.backbone import Backbone
+from softprompt.prompt import Prompt
 from softprompt.reparameterise import Mlp
 from softprompt.tree import Flat
 
 Pair = tuple[str, str]
 Data = Sequence[Pair] | str | os.PathLike
 LENGTHS = {"inputs": 512, "targets": 64}
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-    """A tuned prompt `[P, H]` float32, and what it was tuned on.
-
-    `metadata` holds backbone and its fingerprint, task, length, initialisation, step and metrics;
-    `deep` the rows `[D - 1, P, H]` of a deep prompt.
-    """
-
-    array: np.ndarray
-    metadata: Mapping[str, Any]
-    deep: np.ndarray | None = None
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Writes a `.safetensors` file, atomically."""
-        prompts.save(path, self.array, self.metadata, self.deep)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +71,9 @@ def load_prompt(
     With `backbone`, a prompt that was trained for another one is refused (ValueError) unless
     `ignore_fingerprint`.
     """
-    array, deep, metadata = prompts.load_deep(path)
     if backbone is not None:
-        prompts.check_backbone(path, array, metadata, backbone, ignore_fingerprint)
-        prompts.check_depth(path, deep, backbone)
+        return prompts.load_for(path, backbone, ignore_fingerprint)
+    array, deep, metadata = prompts.load_deep(path)
     return Prompt(array, metadata, deep)
 
 
@@ -352,20 +335,21 @@ def _predictor(backbone, prompt_length, labels, lengths, batch_size, **settings)
     )
 
 
+def _checked(
+    name: str, prompt: Prompt | np.ndarray | None, backbone: Backbone
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """The rows of a prompt and those of its deeper layers, if they are the backbone's."""
+    if not isinstance(prompt, Prompt):
+        return prompt, None
+    prompts.check_backbone(name, prompt.array, prompt.metadata, backbone)
+    prompts.check_depth(name, prompt.deep, backbone)
+    return prompt.array, prompt.deep
+
+
 def _with_prompt(backbone: Backbone, prompt: Prompt | np.ndarray | None) -> tuple[Flat, int]:
-    flat = dict(backbone.params)
-    if prompt is None:
-        return flat, 0
-    if isinstance(prompt, Prompt):
-        prompts.check_backbone("prompt", prompt.array, prompt.metadata, backbone)
-        prompts.check_depth("prompt", prompt.deep, backbone)
-        if prompt.deep is not None:
-            flat[train.DEEP] = jax.device_put(prompt.deep, partition.replicated(backbone.mesh))
-        prompt = prompt.array
-    flat[train.PROMPT] = partition.place(
-        np.asarray(prompt, np.float32), partition.replicated(backbone.mesh)
-    )
-    return flat, len(prompt)
+    array, deep = _checked("prompt", prompt, backbone)
+    flat, [length] = prompts.attach(backbone, [array], deep)
+    return flat, length
 
 
 Prompts = Prompt | np.ndarray | None | Sequence[Prompt | np.ndarray | None]
@@ -389,17 +373,8 @@ def _banked(
     backbone: Backbone, found: Sequence[Prompt | np.ndarray | None]
 ) -> tuple[Flat, list[int]]:
     """Parameters with a bank of all of `found`, and the length of each."""
-    arrays = []
-    for i, one in enumerate(found):
-        if isinstance(one, Prompt):
-            prompts.check_backbone(f"prompt {i}", one.array, one.metadata, backbone)
-            one = one.array
-        arrays.append(one)
-    bank, lengths = prompts.bank(arrays, backbone.cfg.emb_dim)
-    flat = dict(backbone.params)
-    if len(bank):
-        flat[train.PROMPT] = jax.device_put(bank, partition.replicated(backbone.mesh))
-    return flat, lengths
+    arrays = [_checked(f"prompt {i}", one, backbone)[0] for i, one in enumerate(found)]
+    return prompts.attach(backbone, arrays)
 
 
 def _texts(backbone: Backbone, texts: Sequence[str], lengths: Mapping[str, int]) -> data.Examples:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from softprompt import backbone as backbones
-from softprompt import checkpoint, launch, published, sweep, t5, tree
+from softprompt import checkpoint, provenance, published, sweep, t5, tree
 from softprompt.published import Figure
 
 Key = tuple[str, ...]
@@ -207,7 +207,7 @@ def write(
         lines.append("The paper prints no numbers for this picture, so the column is empty.")
     if more:
         lines += ["", *more]
-    versions = ", ".join(f"{k} {v}" for k, v in launch.versions().items())
+    versions = ", ".join(f"{k} {v}" for k, v in provenance.versions().items())
     lines += ["", f"Versions: {versions}"]
     text = "\n".join(lines) + "\n"
     checkpoint.write_atomically(folder / "reproduce.md", text.encode())

@@ -1,15 +1,12 @@
-"""The binaries behind `softprompt train | eval | infer | baseline`: from gin's values to a run."""
+"""The binaries behind `softprompt train | eval | infer | baseline`, as gin files name them.
+
+Training, from gin's values to a run, is here; what predicts without it is in `predict`.
+"""
 
 import dataclasses
 import functools
-import glob
-import importlib
-import json
 import os
 import pathlib
-import platform
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,8 +17,6 @@ import optax
 
 from softprompt import backbone as backbones
 from softprompt import (
-    baselines,
-    checkpoint,
     config,
     cooccurrence,
     data,
@@ -33,69 +28,23 @@ from softprompt import (
     partition,
     prompt,
     prompted,
+    provenance,
     reparameterise,
     report,
     tree,
-    voting,
 )
 from softprompt import train as training
 from softprompt.backbone import Backbone
 from softprompt.formats import Stored, native
-from softprompt.logbook import Progress, duration, say, size, track
-from softprompt.vocabulary import AnyVocabulary, open_vocabulary
+from softprompt.logbook import duration, say, size
+from softprompt.predict import baseline, eval, infer
+from softprompt.settings import UserData, check_settings, load_tasks, use_vocabulary
+from softprompt.vocabulary import open_vocabulary
 
 Path = str | os.PathLike
 
-
-@dataclasses.dataclass(frozen=True)
-class UserData:
-    """A user's own data set, as files: see `softprompt.tasks.user.register_task`."""
-
-    train_file: str | None = None
-    validation_file: str | None = None
-    test_file: str | None = None
-    template: str = "{text}"
-    target: str = "label"
-    labels: Sequence[str] | None = None
-
-
-def _check_settings(dtype: str, lengths: Mapping[str, int], **counts: tuple[Any, int]) -> None:
-    """Raises where a type, a feature length or a count `NAME=(value, least)` makes no sense."""
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"DTYPE is {dtype!r}, expected 'float32', 'bfloat16' or 'float16'")
-    if not isinstance(lengths, Mapping) or set(lengths) != {"inputs", "targets"}:
-        raise ValueError(
-            f"TASK_FEATURE_LENGTHS is {lengths!r}, expected {{'inputs': …, 'targets': …}}"
-        )
-    counts |= {f"TASK_FEATURE_LENGTHS[{name!r}]": (n, 2) for name, n in lengths.items()}
-    for name, (value, least) in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name} is {value!r}, expected an integer of at least {least}")
-
-
-def _load_tasks(name: str, modules: str | Sequence[str] | None, user: UserData | None):
-    """Imports the modules that register tasks; returns seqio's tasks and rates under `name`."""
-    for module in [modules] if isinstance(modules, str) else modules or []:
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            raise ValueError(f"MIXTURE_OR_TASK_MODULE {module!r}: {error}") from None
-    if user and (user.train_file or user.validation_file or user.test_file):
-        from softprompt.tasks.user import register_task
-
-        files = {
-            split: getattr(user, f"{split}_file")
-            for split in ("train", "validation", "test")
-            if getattr(user, f"{split}_file")
-        }
-        register_task(
-            name,
-            **{f"{split}_file": path for split, path in files.items()},
-            template=user.template,
-            target=user.target,
-            labels=user.labels,
-        )
-    return data.get_tasks(name)
+# What gin files may name.
+__all__ = ["UserData", "baseline", "eval", "infer", "train"]
 
 
 def _load_backbone(
@@ -155,15 +104,6 @@ class Shared:
         except TypeError:
             return repr(argument)
         return argument
-
-
-def _use_vocabulary(backbone: Backbone) -> AnyVocabulary:
-    from softprompt.tasks import features
-
-    if backbone.vocabulary is None:
-        raise ValueError(f"the backbone {backbone.name!r} has no vocabulary; give VOCABULARY_FILE")
-    features.use_vocabulary(backbone.vocabulary.path)
-    return backbone.vocabulary
 
 
 def train(
@@ -235,7 +175,7 @@ def train(
     """
     shared = shared or Shared()
     began = time.monotonic()
-    _check_settings(
+    check_settings(
         dtype,
         task_feature_lengths,
         TRAIN_STEPS=(train_steps, 1),
@@ -260,7 +200,7 @@ def train(
         initial_checkpoint_path, architecture, vocabulary_file, devices, dtype, dropout_rate,
         seed if initial_checkpoint_path is None else 0, weights, remat,
     )  # fmt: skip
-    vocabulary = _use_vocabulary(backbone)
+    vocabulary = use_vocabulary(backbone)
     prefix = (vocabulary.sentinel(0),) if target_sentinel else ()
     if embeddings_file is not None:
         params = cooccurrence.start_from(backbone.params, embeddings_file)
@@ -270,7 +210,7 @@ def train(
         from softprompt.tasks import pretraining
 
         pretraining.use_corpus(text_corpus)
-    tasks = shared(_load_tasks, mixture_or_task_name, mixture_or_task_module, user_data)
+    tasks = shared(load_tasks, mixture_or_task_name, mixture_or_task_module, user_data)
     batch_size = training.rows_for(batch_size, devices, microbatches)
     own = partition.local_rows(devices, batch_size)
     slots = prompted.slots(backbone.cfg.vocab_size, prompt_length)
@@ -345,7 +285,7 @@ def train(
             arrays = {k: int8.value(arrays, k) for k in int8.parameters(arrays)}
         name = backbone_name or backbone.name
         positions = note["step"] * batch_size * sum(task_feature_lengths.values())
-        origin = {"trained_from": _origin(backbone), "seed": seed, "commit": _commit()}
+        origin = {"trained_from": _origin(backbone), "seed": seed, "commit": provenance.commit()}
         note = {"task": mixture_or_task_name, "positions": positions, **origin, **note}
         stored = Stored.of(name, backbone.cfg, arrays, vocabulary, note)
         return native.save(path, stored, backbone_dtype)
@@ -388,7 +328,7 @@ def train(
 
     task_labels = {task.name: own for (task, _), own in zip(tasks, class_labels, strict=True)}
     cost = _cost(backbone, initial, deep, reparameterisation, trainable, backbone_dtype)
-    _write_run_files(folder, backbone, {**about, "labels": task_labels, **cost})
+    provenance.write(folder, backbone, {**about, "labels": task_labels, **cost})
     count = tree.count({k: backbone.params[k] for k in int8.parameters(backbone.params)})
     # What is loaded in fewer bits than it is stored in has another one than the backbone.
     before = tree.fingerprint(backbone.params) if backbone.weights != "float32" else None
@@ -490,7 +430,7 @@ def label_count(settings: Mapping[str, Any]) -> int:
     """How many labels the task that `train`'s arguments name has, read off its definition."""
     if settings["mixture_or_task_name"] is None:
         raise ValueError("LOSS 'labels' needs MIXTURE_OR_TASK_NAME, whose number of labels decides")
-    tasks = _load_tasks(
+    tasks = load_tasks(
         settings["mixture_or_task_name"],
         settings["mixture_or_task_module"],
         settings["user_data"],
@@ -504,472 +444,3 @@ def label_count(settings: Mapping[str, Any]) -> int:
 def _origin(backbone: Backbone) -> dict[str, Any]:
     """Where a trained backbone started, with that one's own origins."""
     return {"name": backbone.name, "fingerprint": backbone.fingerprint, **backbone.metadata}
-
-
-def _write_run_files(folder: pathlib.Path, backbone: Backbone, about: Mapping[str, Any]) -> None:
-    checkpoint.write_atomically(folder / "config.gin", config.operative().encode())
-    facts = {
-        **about,
-        **invocation(),
-        "versions": versions(),
-        "commit": _commit(),
-        "devices": [str(d) for d in jax.devices()],
-        "platform": platform.platform(),
-        "mesh": dict(backbone.mesh.shape),
-    }
-    checkpoint.write_atomically(folder / "run.json", json.dumps(facts, indent=2).encode())
-
-
-def invocation() -> dict[str, Any]:
-    """The command of this process, the folder it was given in, and variables that bear on it."""
-    names = ("SOFTPROMPT_DATA_DIR", "JAX_PLATFORMS", "XLA_FLAGS", "CUDA_VISIBLE_DEVICES")
-    variables = {name: os.environ[name] for name in names if name in os.environ}
-    return {"command": sys.argv, "directory": os.getcwd(), "variables": variables}
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a run's figures depend on."""
-    from importlib import metadata
-
-    names = ("softprompt", "jax", "jaxlib", "flax", "optax", "seqio", "numpy", "sentencepiece")
-    return {"python": platform.python_version(), **{n: metadata.version(n) for n in names}}
-
-
-def _commit() -> str | None:
-    """The commit of a checkout, None for an installed package."""
-    root = pathlib.Path(__file__).parent.parent
-    if not (root / ".git").exists():
-        return None
-    found = subprocess.run(
-        ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip() or None
-
-
-def _prompted(
-    backbone: Backbone, prompt_file: Path | None, ignore_fingerprint: bool
-) -> tuple[tree.Flat, int]:
-    """Parameters with the prompt in `prompt_file`, and its length (0 for None)."""
-    flat = dict(backbone.params)
-    if prompt_file is None:
-        return flat, 0
-    found = prompt.load_parameters(prompt_file, backbone, ignore_fingerprint)
-    _, _, metadata = prompt.load_deep(prompt_file)
-    trained_on = metadata.get("backbone_weights", backbone.weights)
-    if trained_on != backbone.weights:
-        say(f"{prompt_file}: trained on {trained_on} weights, these are {backbone.weights}")
-    everywhere = partition.replicated(backbone.mesh)
-    flat |= {name: partition.place(x, everywhere) for name, x in found.items()}
-    return flat, len(found[training.PROMPT])
-
-
-def _banked(
-    backbone: Backbone, prompt_files: Sequence[Path | None], ignore_fingerprint: bool
-) -> tuple[tree.Flat, list[int]]:
-    """Parameters with a bank of the prompts in `prompt_files`, and the length of each."""
-    arrays: list[np.ndarray | None] = []
-    for path in prompt_files:
-        array = None
-        if path is not None:
-            array, metadata = prompt.load(path)
-            prompt.check_backbone(path, array, metadata, backbone, ignore_fingerprint)
-        arrays.append(array)
-    bank, lengths = prompt.bank(arrays, backbone.cfg.emb_dim)
-    flat = dict(backbone.params)
-    if len(bank):
-        flat[training.PROMPT] = partition.place(bank, partition.replicated(backbone.mesh))
-    return flat, lengths
-
-
-def _target_prefix(files: Sequence[Path | None], vocabulary: AnyVocabulary) -> tuple[int, ...]:
-    """Ids before every target, where the prompts in `files` were trained with TARGET_SENTINEL."""
-    given = [file for file in files if file is not None]
-    found = {bool(prompt.load_deep(file)[2].get("target_sentinel")) for file in given}
-    if len(found) > 1:
-        raise ValueError(
-            f"of the prompts {', '.join(map(str, given))} some were trained with TARGET_SENTINEL, "
-            f"some without: they cannot predict together"
-        )
-    return (vocabulary.sentinel(0),) if found == {True} else ()
-
-
-def _listed(prompt_files: str | Sequence[Path]) -> list[str]:
-    """The files that paths and patterns (`runs/*/prompts/best.safetensors`) name, in order."""
-    found: list[str] = []
-    for path in [prompt_files] if isinstance(prompt_files, str) else map(str, prompt_files):
-        named = sorted(glob.glob(path)) if glob.has_magic(path) else [path]
-        if not named:
-            raise ValueError(f"PROMPT_FILES: no file fits the pattern {path!r}")
-        found += named
-    if len(found) < 2:
-        raise ValueError(f"PROMPT_FILES names {len(found)} files, expected two or more")
-    return found
-
-
-def eval(
-    mixture_or_task_name: str,
-    task_feature_lengths: Mapping[str, int],
-    initial_checkpoint_path: str,
-    prompt_file: Path | None = None,
-    prompt_files: Sequence[Path] | None = None,
-    best_metric: str | None = None,
-    measure_cost: bool = False,
-    eval_output_dir: Path | None = None,
-    mixture_or_task_module: str | Sequence[str] | None = "softprompt.tasks.registry",
-    user_data: UserData | None = None,
-    split: str = "validation",
-    eval_mode: str = evaluation.GENERATE,
-    batch_size: int = 32,
-    beams: int = 1,
-    mesh: Callable[[], jax.sharding.Mesh] = partition.make_mesh,
-    dtype: str = "float32",
-    vocabulary_file: str | None = None,
-    ignore_fingerprint: bool = False,
-    weights: str | None = None,
-) -> dict[str, float]:
-    """Evaluates a prompt (None: the bare backbone) on a task's split; prints figures as JSON.
-
-    With `prompt_files` all of them vote (see `voting`): figures are those of each prompt, of
-    their average, of the best by `best_metric`, and of the ensemble; `measure_cost` compares the
-    ensemble's speed with that of separate runs. The majority vote's figures are returned.
-    """
-    _check_settings(dtype, task_feature_lengths, BATCH_SIZE=(batch_size, 1), BEAMS=(beams, 1))
-    backbone = backbones.load(
-        initial_checkpoint_path,
-        dtype,
-        mesh=mesh(),
-        vocabulary_file=vocabulary_file,
-        weights=weights,
-    )
-    vocabulary = _use_vocabulary(backbone)
-    files = None if prompt_files is None else _listed(prompt_files)
-    if files is None:
-        flat, length = _prompted(backbone, prompt_file, ignore_fingerprint)
-    elif prompt_file is not None or beams > 1:
-        raise ValueError(
-            f"PROMPT_FILES vote without PROMPT_FILE and by greedy texts; got PROMPT_FILE "
-            f"{prompt_file!r}, BEAMS {beams}"
-        )
-    else:
-        flat, length = _banked(backbone, files, ignore_fingerprint)
-    tasks = [
-        evaluation.from_task(task, split, task_feature_lengths, vocabulary)
-        for task, _ in _load_tasks(mixture_or_task_name, mixture_or_task_module, user_data)
-    ]
-    for task in tasks:
-        if message := data.cut_message(task.examples, task_feature_lengths):
-            say(message)
-    predictor = evaluation.Predictor(
-        backbone, length, eval_mode, batch_size, task_feature_lengths["targets"], beams,
-        prefix=_target_prefix(files or [prompt_file], vocabulary),
-    )  # fmt: skip
-    if files is not None:
-        for task in tasks:
-            evaluation.check_metric(best_metric, [task])
-        alone = []
-        if measure_cost:
-            alone = [_prompted(backbone, file, ignore_fingerprint) for file in files]
-        return _ensemble(predictor, flat, tasks, files, best_metric, split, eval_output_dir, alone)
-    figures = evaluation.evaluate(predictor, flat, tasks, eval_output_dir)
-    labels = {task.name: task.labels for task in tasks}
-    _report(mixture_or_task_name, split, figures, eval_output_dir, backbone, labels)
-    return figures
-
-
-def _ensemble(
-    predictor: evaluation.Predictor,
-    flat: tree.Flat,
-    tasks: Sequence[evaluation.EvalTask],
-    files: Sequence[str],
-    best_metric: str | None,
-    split: str,
-    folder: Path | None,
-    alone: Sequence[tuple[tree.Flat, int]],
-) -> dict[str, float]:
-    """Reports the ensemble of `files`, and its cost against the parameters and lengths `alone`."""
-
-    def choose(figures: Mapping[str, float]) -> float:
-        return training.choose_metric(figures, best_metric)
-
-    reports = voting.evaluate(predictor, flat, tasks, files, choose, folder)
-    figures: dict[str, float] = {}
-    shared = Shared()
-    singles = [
-        (
-            shared(
-                evaluation.Predictor,
-                predictor.backbone, (n,), predictor.mode, predictor.batch_size,
-                predictor.decode_length,
-            ),
-            params,
-        )
-        for params, n in alone
-    ]  # fmt: skip
-    for task in tasks:
-        found = dataclasses.asdict(reports[task.name])
-        if singles:
-            found |= voting.cost(predictor, flat, singles, task)
-        prefix = f"{task.name}/" if len(tasks) > 1 else ""
-        figures |= {prefix + name: value for name, value in found["ensemble"].items()}
-        say(f"{task.name}, {split}\n{reports[task.name].table()}")
-        say(json.dumps({"task": task.name, "split": split, **found}))
-        if folder is not None:
-            path = pathlib.Path(folder) / f"{task.name}.json"
-            checkpoint.write_atomically(path, json.dumps(found, indent=2).encode())
-            text = reports[task.name].table() + "\n"
-            checkpoint.write_atomically(path.with_suffix(".md"), text.encode())
-    return figures
-
-
-def baseline(
-    method: str,
-    mixture_or_task_name: str,
-    task_feature_lengths: Mapping[str, int],
-    initial_checkpoint_path: str,
-    eval_output_dir: Path | None = None,
-    mixture_or_task_module: str | Sequence[str] | None = "softprompt.tasks.registry",
-    user_data: UserData | None = None,
-    split: str = "validation",
-    eval_mode: str = evaluation.RANK,
-    batch_size: int = 32,
-    shots: int = 4,
-    description: str = "",
-    seed: int = 0,
-    mesh: Callable[[], jax.sharding.Mesh] = partition.make_mesh,
-    dtype: str = "float32",
-    vocabulary_file: str | None = None,
-    weights: str | None = None,
-) -> dict[str, float]:
-    """Evaluates what prompt tuning is held against (see `baselines`); prints figures as JSON."""
-    if method not in baselines.METHODS:
-        raise ValueError(f"METHOD is {method!r}, expected one of {', '.join(baselines.METHODS)}")
-    _check_settings(dtype, task_feature_lengths, BATCH_SIZE=(batch_size, 1), SHOTS=(shots, 0))
-    backbone = backbones.load(
-        initial_checkpoint_path,
-        dtype,
-        mesh=mesh(),
-        vocabulary_file=vocabulary_file,
-        weights=weights,
-    )
-    vocabulary = _use_vocabulary(backbone)
-    found = _load_tasks(mixture_or_task_name, mixture_or_task_module, user_data)
-    predictor = evaluation.Predictor(
-        backbone, 0, eval_mode, batch_size, task_feature_lengths["targets"]
-    )
-    figures: dict[str, float] = {}
-    for source, _ in found:
-        task = evaluation.from_task(source, split, task_feature_lengths, vocabulary)
-        scores = None
-        if method in ("none", "priming"):
-            if method == "priming":
-                train_set = data.from_task(source, "train", task_feature_lengths)
-                primed, lost = baselines.prime(
-                    train_set, task.examples, vocabulary, shots,
-                    task_feature_lengths["inputs"], seed, description,
-                )  # fmt: skip
-                for what, n in lost.items():
-                    if n:
-                        wanted = f"all {shots} shots" if what == "shots" else f"the {what}"
-                        say(f"{task.name}: {n} of {len(primed)} inputs have no room for {wanted}")
-                task = dataclasses.replace(task, examples=primed)
-            predictions, scores = predictor.predict(backbone.params, task)
-        else:
-            train_set = data.from_task(source, "train", task_feature_lengths)
-            if method == "majority":
-                predictions = baselines.majority(train_set, task, vocabulary)
-            else:
-                predictions = baselines.probe(backbone, train_set, task, seed)
-        figures |= evaluation.judged(task, predictions, len(found) > 1)
-        if eval_output_dir is not None:
-            path = pathlib.Path(eval_output_dir) / "predictions" / f"{task.name}.jsonl"
-            evaluation.write_predictions(path, task, predictions, scores)
-    labels = {source.name: evaluation.label_classes(source) for source, _ in found}
-    _report(mixture_or_task_name, split, figures, eval_output_dir, backbone, labels, method=method)
-    return figures
-
-
-def _report(
-    name: str,
-    split: str,
-    figures: Mapping[str, float],
-    folder: Path | None,
-    backbone: Backbone,
-    labels: Mapping[str, Sequence[str] | None],
-    **note: Any,
-) -> None:
-    """Prints figures as JSON, and keeps them in `<folder>/<name>.json` and a report."""
-    said = {"task": name, "split": split, **note}
-    say(json.dumps({**said, **figures}))
-    if folder is None:
-        return
-    folder = pathlib.Path(folder)
-    checkpoint.write_atomically(folder / f"{name}.json", json.dumps(figures, indent=2).encode())
-    if not (folder / "train.jsonl").exists():  # A training run's own facts stay.
-        of = {"backbone": backbone.name, "backbone_fingerprint": backbone.fingerprint}
-        _write_run_files(folder, backbone, {**of, **said, "labels": labels})
-    report.attempt(folder)
-
-
-INFER_CHUNK = 512
-
-
-@dataclasses.dataclass(frozen=True)
-class _Named:
-    """The prompts of a mixed file: what each is used with, and which one is whose."""
-
-    files: Sequence[Path]
-    templates: Sequence[str]
-    labels: Sequence[Sequence[str] | None]
-    which: Sequence[int]
-
-
-def _named_prompts(
-    rows: Sequence[Any],
-    prompts: Mapping[str, Any],
-    field: str,
-    default: Path | None,
-    template: str,
-    labels: Sequence[str] | None,
-) -> _Named:
-    """The prompts that rows name in `field`: names of `prompts`, or paths.
-
-    A row without the field takes the prompt `default`.
-    """
-    known = {}
-    for name, value in prompts.items():
-        own = {"file": value} if isinstance(value, str | os.PathLike) else value
-        if not isinstance(own, Mapping) or not {"file"} <= set(own) <= {
-            "file", "template", "labels",
-        }:  # fmt: skip
-            raise ValueError(
-                f"PROMPTS[{name!r}] is {value!r}, expected a path or {{'file': …, 'template': …, "
-                f"'labels': […]}}"
-            )
-        known[name] = (own["file"], own.get("template", template), own.get("labels", labels))
-    places: dict[str, int] = {}
-    found, which = [], []
-    for row in rows:
-        name = row.get(field, default)
-        if name is None:
-            raise ValueError(f"{row.where}: no field {field!r} names its prompt")
-        name = str(name)
-        if name not in places:
-            there = name in known or "://" in name or pathlib.Path(name).exists()
-            if not there:
-                raise ValueError(
-                    f"{row.where}: {field} is {name!r}, which is neither a file nor one of PROMPTS "
-                    f"({', '.join(known) or 'none given'})"
-                )
-            places[name] = len(found)
-            found.append(known.get(name, (name, template, labels)))
-        which.append(places[name])
-    files, templates, sets = zip(*found, strict=True)
-    return _Named(files, templates, sets, which)
-
-
-def infer(
-    input_file: Path,
-    output_file: Path,
-    initial_checkpoint_path: str,
-    prompt_file: Path | None = None,
-    prompts: Mapping[str, Any] | None = None,
-    prompt_field: str = "prompt",
-    template: str = "{text}",
-    labels: Sequence[str] | None = None,
-    task_feature_lengths: Mapping[str, int] | None = None,
-    batch_size: int = 32,
-    beams: int = 1,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    mesh: Callable[[], jax.sharding.Mesh] = partition.make_mesh,
-    dtype: str = "float32",
-    vocabulary_file: str | None = None,
-    ignore_fingerprint: bool = False,
-    weights: str | None = None,
-) -> int:
-    """Predicts a text (or, with `labels`, the likeliest label) for each row of a JSONL or CSV file.
-
-    Each output line is the row's fields and `prediction`. A run that was stopped goes on where its
-    output file ends. With `prompts` (`{}` if there are only paths) rows of many tasks share
-    batches: each names its prompt in `prompt_field`, by a path or by a name in `prompts`, whose
-    value is a path or `{'file': …, 'template': …, 'labels': […]}`. Returns the number of rows.
-    """
-    from softprompt.tasks import records
-
-    lengths = task_feature_lengths or {"inputs": 512, "targets": 64}
-    _check_settings(dtype, lengths, BATCH_SIZE=(batch_size, 1), BEAMS=(beams, 1), TOP_K=(top_k, 0))
-    rows = list(track(records.read(input_file), f"reading {input_file}", "rows"))
-    named = None
-    if prompts is not None:
-        named = _named_prompts(rows, prompts, prompt_field, prompt_file, template, labels)
-        texts = [
-            records.fill(named.templates[k], row) for k, row in zip(named.which, rows, strict=True)
-        ]
-    else:
-        texts = [records.fill(template, row) for row in rows]
-    backbone = backbones.load(
-        initial_checkpoint_path,
-        dtype,
-        mesh=mesh(),
-        vocabulary_file=vocabulary_file,
-        weights=weights,
-    )
-    if named is None:
-        flat, length = _prompted(backbone, prompt_file, ignore_fingerprint)
-    else:
-        flat, length = _banked(backbone, named.files, ignore_fingerprint)
-    mode = evaluation.RANK if labels else evaluation.GENERATE
-    predictor = evaluation.Predictor(
-        backbone,
-        length,
-        mode,
-        batch_size,
-        lengths["targets"],
-        beams,
-        temperature,
-        top_k,
-        top_p,
-        seed,
-        _target_prefix([prompt_file] if named is None else named.files, backbone.vocabulary),
-    )
-    partial = pathlib.Path(f"{output_file}.partial")
-    done = _complete_lines(partial)
-    if done:
-        say(f"going on after {done} rows of {partial}")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    progress = Progress("predicting", len(rows), "rows", every=0, start=done)
-    with open(partial, "a", encoding="utf-8") as out:
-        while done < len(rows):
-            chunk = slice(done, done + INFER_CHUNK)
-            pairs = [(text, "") for text in texts[chunk]]
-            examples = data.from_pairs(pairs, backbone.vocabulary, lengths, str(input_file))
-            if message := data.cut_message(examples, lengths):
-                say(message)
-            if named is None:
-                task = evaluation.EvalTask(examples, labels, lambda _: {})
-                predictions, _ = predictor.predict(flat, task)
-            else:
-                which = named.which[chunk]
-                predictions = predictor.predict_mixed(flat, examples, which, named.labels)
-            for row, predicted in zip(rows[chunk], predictions, strict=True):
-                out.write(json.dumps({**row, "prediction": predicted}, ensure_ascii=False))
-                out.write("\n")
-            out.flush()
-            done += len(predictions)
-            progress.update(done)
-    os.replace(partial, output_file)
-    say(f"{len(rows)} predictions in {output_file}")
-    return len(rows)
-
-
-def _complete_lines(path: pathlib.Path) -> int:
-    """Number of whole lines of a file; a torn last line is cut off."""
-    if not path.exists():
-        return 0
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        checkpoint.write_atomically(path, whole)
-    return whole.count(b"\n")

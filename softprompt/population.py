@@ -144,14 +144,8 @@ class _Run:
                 for name in (str(self.step), "best"):
                     self._save_prompt(name, now, {"step": self.step})
         self._log.close()
-        best = self.best
-        chosen = (best["step"], self._best_trained)
-        if self._best_trained is None:
-            chosen = (self.step, now)
-        self.result = Result(
-            self.step, now, chosen[1], chosen[0], best["metric"], best["metrics"],
-            interrupted=status == INTERRUPTED,
-        )  # fmt: skip
+        stopped = status == INTERRUPTED
+        self.result = Result.of(self.step, now, self.best, self._best_trained, stopped)
 
     def _trained(self) -> dict[str, np.ndarray]:
         return {path: np.asarray(jax.device_get(x)) for path, x in self.state["trainable"].items()}
@@ -202,24 +196,17 @@ class _Run:
         return loss
 
     def _evaluate(self) -> None:
-        member, step, best = self.member, self.step, self.best
+        member, step = self.member, self.step
         figures = member.evaluate({**self._frozen, **self.state["trainable"]}, step)
         self._log.write("eval/metrics", step, figures)
         shown = "  ".join(f"{k} {v:.4g}" for k, v in figures.items())
         say(f"{member.name}: step {step}  {shown}")
-        metric = train.choose_metric(figures, member.best_metric)
-        better = best["metric"] is None or metric > best["metric"]
-        if better:
-            self.best = {"step": step, "metric": metric, "metrics": figures, "waited": 0}
-            self._best_trained = self._trained()
-        else:
-            self.best = {**best, "waited": best["waited"] + 1}
+        self.best = train.better_of(self.best, step, figures, member.best_metric)
+        now = self._trained()
+        if self.best["step"] == step:
+            self._best_trained = now
         if member.save and member.model_dir is not None:
-            note = {"step": step, "metrics": figures}
-            self._save_prompt(str(step), self._trained(), note)
-            if better:
-                train._save_best(member.model_dir, self._best_trained, self.best)
-                self._save_prompt("best", self._best_trained, note)
+            train.save_evaluated(member.model_dir, member.save, now, step, figures, self.best)
 
 
 class _Group:

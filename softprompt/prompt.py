@@ -173,6 +173,39 @@ load_deep = prompts.read_deep
 save = prompts.write
 
 
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A tuned prompt `[P, H]` float32, and what it was tuned on.
+
+    `metadata` holds backbone and its fingerprint, task, length, initialisation, step and metrics;
+    `deep` the rows `[D - 1, P, H]` of a deep prompt.
+    """
+
+    array: np.ndarray
+    metadata: Mapping[str, Any]
+    deep: np.ndarray | None = None
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes a `.safetensors` file, atomically."""
+        save(path, self.array, self.metadata, self.deep)
+
+
+def load_for(
+    path: str | os.PathLike, backbone: Any, ignore_fingerprint: bool = False, deep: bool = True
+) -> Prompt:
+    """The prompt in a file, for a `backbone.Backbone`.
+
+    Raises what `load_deep` (`load`, unless `deep`), `check_backbone` and `check_depth` do.
+    """
+    if deep:
+        array, further, metadata = load_deep(path)
+    else:
+        (array, metadata), further = load(path), None
+    check_backbone(path, array, metadata, backbone, ignore_fingerprint)
+    check_depth(path, further, backbone)
+    return Prompt(array, metadata, further)
+
+
 def bank(prompts: Sequence[np.ndarray | None], width: int) -> tuple[np.ndarray, list[int]]:
     """The rows `[R, H]` of prompts of any lengths, one after the other, and the lengths.
 
@@ -183,17 +216,21 @@ def bank(prompts: Sequence[np.ndarray | None], width: int) -> tuple[np.ndarray, 
     return np.concatenate([none, *rows]), [len(array) for array in rows]
 
 
-def load_parameters(
-    path: str | os.PathLike, backbone: Any, ignore_fingerprint: bool = False
-) -> dict[str, np.ndarray]:
-    """The prompt in a file as parameters: `prompt/bank` `[P, H]`, and `prompt/deep` of a deep one.
+def attach(
+    backbone: Any, prompts: Sequence[np.ndarray | None], deep: np.ndarray | None = None
+) -> tuple[tree.Flat, list[int]]:
+    """A backbone's parameters with a bank of the prompts, and the length of each: see `bank`.
 
-    Raises what `load_deep`, `check_backbone` and `check_depth` do.
+    A single prompt may have rows `deep` `[D - 1, P, H]` of deeper layers.
     """
-    array, deep, metadata = load_deep(path)
-    check_backbone(path, array, metadata, backbone, ignore_fingerprint)
-    check_depth(path, deep, backbone)
-    return {"prompt/bank": array} | ({} if deep is None else {"prompt/deep": deep})
+    rows, lengths = bank(prompts, backbone.cfg.emb_dim)
+    everywhere = partition.replicated(backbone.mesh)
+    flat = dict(backbone.params)
+    if len(rows):
+        flat["prompt/bank"] = partition.place(rows, everywhere)
+    if deep is not None:
+        flat["prompt/deep"] = partition.place(deep, everywhere)
+    return flat, lengths
 
 
 def check_depth(path: str | os.PathLike, deep: np.ndarray | None, backbone: Any) -> None:

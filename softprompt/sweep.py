@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from softprompt import checkpoint, config, data, launch, report
+from softprompt import checkpoint, config, data, launch, provenance, report
 from softprompt import train as training
 from softprompt.logbook import duration, say
 
@@ -329,8 +329,8 @@ def write(spec: Spec, outcomes: Sequence[Outcome]) -> str:
         "title": spec.title,
         "axis": spec.axis,
         "planned": sum(1 for _ in runs(spec)),
-        "versions": launch.versions(),
-        **launch.invocation(),
+        "versions": provenance.versions(),
+        **provenance.invocation(),
     }
     checkpoint.write_atomically(spec.folder / "sweep.json", json.dumps(about, indent=2).encode())
     report.attempt(spec.folder)

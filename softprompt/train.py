@@ -63,6 +63,14 @@ class Result:
     metrics: dict[str, float]
     interrupted: bool = False
 
+    @classmethod
+    def of(cls, step: int, trained, best: Mapping[str, Any], best_trained, interrupted: bool):
+        """After `step`: `best` is `better_of` all evaluations, `best_trained` None without any."""
+        at = best["step"]
+        if best_trained is None:
+            best_trained, at = trained, step
+        return cls(step, trained, best_trained, at, best["metric"], best["metrics"], interrupted)
+
 
 def make_loss(
     module: PromptedT5,
@@ -433,9 +441,7 @@ def fit(
 
     def finish(step: int, interrupted: bool = False) -> Result:
         log.close()
-        now = trained_now()
-        chosen = (best["step"], best_trained) if best_trained is not None else (step, now)
-        return Result(step, now, chosen[1], chosen[0], best["metric"], best["metrics"], interrupted)
+        return Result.of(step, trained_now(), best, best_trained, interrupted)
 
     def place(batch: Mapping[str, np.ndarray]) -> tuple[Mapping[str, np.ndarray], Any]:
         return batch, partition.place_rows(batch, backbone.mesh)
@@ -476,22 +482,12 @@ def fit(
                 figures = evaluate(parameters(), step)
                 log.write("eval/metrics", step, figures)
                 say(f"step {step}  " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items()))
-                metric = choose_metric(figures, best_metric)
-                better = best["metric"] is None or metric > best["metric"]
-                best = {
-                    "step": step if better else best["step"],
-                    "metric": metric if better else best["metric"],
-                    "metrics": figures if better else best["metrics"],
-                    "waited": 0 if better else best["waited"] + 1,
-                }
-                if better:
+                best = better_of(best, step, figures, best_metric)
+                if best["step"] == step:
                     best_trained = trained_now()
                 if save and model_dir is not None:
-                    note = {"step": step, "metrics": figures}
-                    save(pathlib.Path(model_dir) / "prompts" / str(step), trained_now(), note)
-                    if better:
-                        _save_best(model_dir, best_trained, best)
-                        save(pathlib.Path(model_dir) / "prompts" / "best", best_trained, note)
+                    now = best_trained if best["step"] == step else trained_now()
+                    save_evaluated(model_dir, save, now, step, figures, best)
             if due_save or stop:
                 save_checkpoint()
             if due_eval or due_save:
@@ -555,6 +551,25 @@ def choose_metric(figures: Mapping[str, float], best_metric: str | None) -> floa
     if name not in figures:
         raise ValueError(f"BEST_METRIC {name!r} is not among the figures {', '.join(figures)}")
     return -figures[name] if best_metric.startswith("-") else figures[name]
+
+
+def better_of(
+    best: Mapping[str, Any], step: int, figures: dict[str, float], best_metric: str | None
+) -> dict[str, Any]:
+    """What is known of the best evaluation, after another one at `step`."""
+    metric = choose_metric(figures, best_metric)
+    if best["metric"] is None or metric > best["metric"]:
+        return {"step": step, "metric": metric, "waited": 0, "metrics": figures}
+    return {**best, "waited": best["waited"] + 1}
+
+
+def save_evaluated(model_dir, save, trained, step: int, figures, best: Mapping[str, Any]) -> None:
+    """Saves what was trained when `step` was evaluated, also as the best if `best` is that step."""
+    folder, note = pathlib.Path(model_dir) / "prompts", {"step": step, "metrics": figures}
+    save(folder / str(step), trained, note)
+    if best["step"] == step:
+        _save_best(model_dir, trained, best)
+        save(folder / "best", trained, note)
 
 
 def _check_finite(state: State, save, model_dir, trained_now) -> None:

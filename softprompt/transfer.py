@@ -6,7 +6,6 @@ is kept; an interrupted training goes on from its checkpoint.
 """
 
 import dataclasses
-import importlib
 import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ import numpy as np
 
 from softprompt import checkpoint, config, data, sweep
 from softprompt.logbook import duration, say
+from softprompt.settings import import_modules
 
 # What an evaluation takes over from the training, by its own names.
 CARRIED = {
@@ -148,11 +148,7 @@ def transfer(
 
 def _check_tasks(spec: Spec, modules: str | Sequence[str] | None) -> None:
     """Raises, before anything trains, where a task is unknown or lacks a split."""
-    for module in [modules] if isinstance(modules, str) else modules or []:
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            raise ValueError(f"MIXTURE_OR_TASK_MODULE {module!r}: {error}") from None
+    import_modules(modules)
     for names, split in ((spec.sources, "train"), (spec.targets, spec.split)):
         for name in names:
             for task, _ in data.get_tasks(name):

@@ -1,7 +1,6 @@
 """`softprompt population`: members from gin's lists, and what a single run would have left."""
 
 import csv
-import json
 
 import numpy as np
 import pytest
@@ -103,79 +102,3 @@ def test_mistakes_name_the_member(tmp_path, capsys):
     assert "two members of the population have the name" in capsys.readouterr().err
     assert main([*command, "--gin.SEEDS=[1]", "--gin.TRAINABLE=('.*',)"]) == 2
     assert "a population tunes plain prompts" in capsys.readouterr().err
-
-
-# --- what a bank of prompts is used for by commands ---------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("prompts")
-    backbone = softprompt.load_backbone()
-    rng = np.random.default_rng(4)
-    for name, length in (("a", 3), ("b", 6), ("c", 2)):
-        array = rng.normal(size=(length, backbone.cfg.emb_dim)).astype(np.float32)
-        about = {"backbone": backbone.name, "backbone_fingerprint": backbone.fingerprint}
-        softprompt.Prompt(array, about).save(folder / f"{name}.safetensors")
-    return folder
-
-
-def test_rows_that_name_their_prompts_share_batches(tmp_path, files, capsys):
-    rows = [
-        {"prompt": "mood", "text": "a fine film"},
-        {"prompt": str(files / "c.safetensors"), "text": "some words"},
-        {"prompt": "kind", "question": "Who wrote it?"},
-        {"prompt": "mood", "text": "a dull film"},
-    ]
-    path, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    named = {
-        "mood": {"file": str(files / "a.safetensors"), "labels": ["good", "bad"]},
-        "kind": {"file": str(files / "b.safetensors"), "template": "question: {question}",
-                 "labels": ["person", "place", "time"]},
-    }  # fmt: skip
-    command = ["infer", MODEL, "--gin_file=runs/mixed_infer.gin", f"--gin.INPUT_FILE={path}",
-               f"--gin.OUTPUT_FILE={out}", f"--gin.PROMPTS={named!r}",
-               "--gin.TASK_FEATURE_LENGTHS={'inputs': 64, 'targets': 4}"]  # fmt: skip
-    assert main(command) == 0
-    found = [json.loads(line)["prediction"] for line in out.read_text().splitlines()]
-    backbone = softprompt.load_backbone()
-    load = lambda name: softprompt.load_prompt(files / f"{name}.safetensors")  # noqa: E731
-    films = ["a fine film", "a dull film"]
-    mood = softprompt.classify(backbone, films, ["good", "bad"], load("a"))
-    [kind] = softprompt.classify(
-        backbone, ["question: Who wrote it?"], ["person", "place", "time"], load("b")
-    )
-    [text] = softprompt.generate(backbone, ["some words"], load("c"), max_tokens=4)
-    assert found == [mood[0], text, kind, mood[1]]
-
-    path.write_text('{"prompt": "moods", "text": "x"}\n')
-    assert main(command) == 2
-    said = capsys.readouterr().err.strip()
-    assert "rows.jsonl:1: prompt is 'moods', which is neither a file nor one of PROMPTS" in said
-    path.write_text('{"text": "x"}\n')
-    assert main(command) == 2
-    assert "no field 'prompt' names its prompt" in capsys.readouterr().err
-
-
-def test_eval_takes_many_prompts(tmp_path, files, capsys):
-    rows = tmp_path / "rows.jsonl"
-    lines = [{"text": f"a {w} film", "label": w} for w in ("good", "bad", "good", "bad")]
-    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    command = ["eval", MODEL, "--gin_file=runs/prompt_ensemble.gin", f"--validation_file={rows}",
-               "--labels=good,bad", f"--gin.EVAL_OUTPUT_DIR={tmp_path}",
-               "--gin.TASK_FEATURE_LENGTHS={'inputs': 16, 'targets': 4}"]  # fmt: skip
-    pattern = f"--gin.PROMPT_FILES=['{files}/*.safetensors']"
-    assert main([*command, pattern, "--gin.MEASURE_COST=True"]) == 0
-    said = capsys.readouterr().out
-    assert "ensemble, majority vote" in said and "| average |" in said
-    report = json.loads((tmp_path / "user_task.json").read_text())
-    assert len(report["prompts"]) == 3 and report["examples_per_second"] > 0
-    votes = (tmp_path / "predictions" / "user_task.jsonl").read_text().splitlines()
-    assert [len(json.loads(line)["votes"]) for line in votes] == [3] * 4
-    for value, message in (
-        ("['/no/*.safetensors']", "PROMPT_FILES: no file fits the pattern '/no/*.safetensors'"),
-        (f"['{files}/a.safetensors']", "PROMPT_FILES names 1 files, expected two or more"),
-    ):
-        assert main([*command, f"--gin.PROMPT_FILES={value}"]) == 2
-        assert message in capsys.readouterr().err

@@ -8,9 +8,9 @@ import pytest
 from softprompt import (
     compare,
     experiments,
-    launch,
     members,
     needs,
+    provenance,
     published,
     reproduce,
     standins,
@@ -334,4 +334,4 @@ def test_the_embedded_backbone_reproduces_a_figure_to_the_end(tmp_path, capsys):
     assert main(flags) == 0, "nothing runs again"
     said = capsys.readouterr().out
     assert "0 still to be made" in said and "needs:" not in said and "--- run" not in said
-    assert launch.versions()["jax"] in text
+    assert provenance.versions()["jax"] in text

@@ -1,0 +1,55 @@
+"""How a run was made: its command, versions, commit and devices, kept beside its figures."""
+
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+import jax
+
+from softprompt import checkpoint, config
+from softprompt.backbone import Backbone
+
+
+def write(folder: pathlib.Path, backbone: Backbone, about: Mapping[str, Any]) -> None:
+    """Writes `config.gin`, the operative one, and `run.json`: `about`, and how the run was made."""
+    checkpoint.write_atomically(folder / "config.gin", config.operative().encode())
+    facts = {
+        **about,
+        **invocation(),
+        "versions": versions(),
+        "commit": commit(),
+        "devices": [str(d) for d in jax.devices()],
+        "platform": platform.platform(),
+        "mesh": dict(backbone.mesh.shape),
+    }
+    checkpoint.write_atomically(folder / "run.json", json.dumps(facts, indent=2).encode())
+
+
+def invocation() -> dict[str, Any]:
+    """The command of this process, the folder it was given in, and variables that bear on it."""
+    names = ("SOFTPROMPT_DATA_DIR", "JAX_PLATFORMS", "XLA_FLAGS", "CUDA_VISIBLE_DEVICES")
+    variables = {name: os.environ[name] for name in names if name in os.environ}
+    return {"command": sys.argv, "directory": os.getcwd(), "variables": variables}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run's figures depend on."""
+    names = ("softprompt", "jax", "jaxlib", "flax", "optax", "seqio", "numpy", "sentencepiece")
+    return {"python": platform.python_version(), **{n: metadata.version(n) for n in names}}
+
+
+def commit() -> str | None:
+    """The commit of a checkout, None for an installed package."""
+    root = pathlib.Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    found = subprocess.run(
+        ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or None

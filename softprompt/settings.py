@@ -1,0 +1,76 @@
+"""What the binaries' settings name: lengths and counts, a user's files, tasks, a vocabulary."""
+
+import dataclasses
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from softprompt import data
+from softprompt.backbone import Backbone
+from softprompt.vocabulary import AnyVocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class UserData:
+    """A user's own data set, as files: see `softprompt.tasks.user.register_task`."""
+
+    train_file: str | None = None
+    validation_file: str | None = None
+    test_file: str | None = None
+    template: str = "{text}"
+    target: str = "label"
+    labels: Sequence[str] | None = None
+
+
+def check_settings(dtype: str, lengths: Mapping[str, int], **counts: tuple[Any, int]) -> None:
+    """Raises where a type, a feature length or a count `NAME=(value, least)` makes no sense."""
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"DTYPE is {dtype!r}, expected 'float32', 'bfloat16' or 'float16'")
+    if not isinstance(lengths, Mapping) or set(lengths) != {"inputs", "targets"}:
+        raise ValueError(
+            f"TASK_FEATURE_LENGTHS is {lengths!r}, expected {{'inputs': …, 'targets': …}}"
+        )
+    counts |= {f"TASK_FEATURE_LENGTHS[{name!r}]": (n, 2) for name, n in lengths.items()}
+    for name, (value, least) in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} is {value!r}, expected an integer of at least {least}")
+
+
+def import_modules(modules: str | Sequence[str] | None) -> None:
+    """Imports the modules that register tasks."""
+    for module in [modules] if isinstance(modules, str) else modules or []:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"MIXTURE_OR_TASK_MODULE {module!r}: {error}") from None
+
+
+def load_tasks(name: str, modules: str | Sequence[str] | None, user: UserData | None):
+    """seqio's tasks under `name` and their rates, once modules and user have registered theirs."""
+    import_modules(modules)
+    if user and (user.train_file or user.validation_file or user.test_file):
+        from softprompt.tasks.user import register_task
+
+        files = {
+            split: getattr(user, f"{split}_file")
+            for split in ("train", "validation", "test")
+            if getattr(user, f"{split}_file")
+        }
+        register_task(
+            name,
+            **{f"{split}_file": path for split, path in files.items()},
+            template=user.template,
+            target=user.target,
+            labels=user.labels,
+        )
+    return data.get_tasks(name)
+
+
+def use_vocabulary(backbone: Backbone) -> AnyVocabulary:
+    """Makes the backbone's vocabulary the one that seqio's tasks are tokenised with."""
+    from softprompt.tasks import features
+
+    if backbone.vocabulary is None:
+        raise ValueError(f"the backbone {backbone.name!r} has no vocabulary; give VOCABULARY_FILE")
+    features.use_vocabulary(backbone.vocabulary.path)
+    return backbone.vocabulary
