@@ -373,8 +373,14 @@ def _banked(
     backbone: Backbone, found: Sequence[Prompt | np.ndarray | None]
 ) -> tuple[Flat, list[int]]:
     """Parameters with a bank of all of `found`, and the length of each."""
-    arrays = [_checked(f"prompt {i}", one, backbone)[0] for i, one in enumerate(found)]
-    return prompts.attach(backbone, arrays)
+    checked = [_checked(f"prompt {i}", one, backbone) for i, one in enumerate(found)]
+    deep = [i for i, (_, rows) in enumerate(checked) if rows is not None]
+    if deep and len(found) > 1:
+        raise ValueError(
+            f"prompt {deep[0]} has rows for deeper layers, expected prompts of the input alone "
+            f"where several share a batch: give it by itself"
+        )
+    return prompts.attach(backbone, [array for array, _ in checked], checked[0][1])
 
 
 def _texts(backbone: Backbone, texts: Sequence[str], lengths: Mapping[str, int]) -> data.Examples:

@@ -284,9 +284,13 @@ def train(
         if backbone.weights == "int8":
             arrays = {k: int8.value(arrays, k) for k in int8.parameters(arrays)}
         name = backbone_name or backbone.name
-        positions = note["step"] * batch_size * sum(task_feature_lengths.values())
+        data_read = {
+            "task": mixture_or_task_name,
+            "batch_size": batch_size,
+            "task_feature_lengths": dict(task_feature_lengths),
+        }
         origin = {"trained_from": _origin(backbone), "seed": seed, "commit": provenance.commit()}
-        note = {"task": mixture_or_task_name, "positions": positions, **origin, **note}
+        note = {**data_read, **origin, **note}
         stored = Stored.of(name, backbone.cfg, arrays, vocabulary, note)
         return native.save(path, stored, backbone_dtype)
 

@@ -76,6 +76,18 @@ def test_wrong_prompts_are_sentences(tiny):
         predictor.generate(dict(tiny.params), examples)
 
 
+def test_a_deep_prompt_shares_no_batch_and_is_not_cut_silently(tiny):
+    cfg = dataclasses.replace(tiny.cfg, num_encoder_layers=2)
+    two = backbones.random(cfg, 0, tiny.vocabulary, tiny.mesh, "two layers")
+    [plain] = prompts_of(two, (3,))
+    deep = softprompt.Prompt(plain, {}, np.ones((1, 3, cfg.emb_dim), np.float32))
+    for call in (softprompt.generate, softprompt.ensemble):
+        with pytest.raises(ValueError, match="prompt 1 has rows for deeper layers, expected"):
+            call(two, TEXTS[:2], [plain, deep])
+    scores = [softprompt.score_labels(two, TEXTS[:1], LABELS[0], p) for p in (deep, [deep])]
+    np.testing.assert_array_equal(*scores)
+
+
 def test_an_ensemble_of_the_python_api_votes(tiny):
     votes = softprompt.ensemble(tiny, TEXTS[:2], prompts_of(tiny, (3, 2, 5)), LABELS[0])
     assert votes.scores.shape == (3, 2, 2)
