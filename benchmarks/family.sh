@@ -6,21 +6,23 @@
 #   benchmarks/family.sh CORPUS FAMILY [SIZE …]     # sizes: nano embedded mini
 #
 # CORPUS holds train*.jsonl[.gz|.xz|.zst] and validation*.jsonl with a field 'text'. FAMILY/SIZE/ gets
-# pretrain/ (span corruption), lm_adapt/ (prefix LM, kept at 10%, 50% and 100% of its steps) and
-# choice_adapt/ (half prefix LM, half choosing among words), each with a backbone/.
+# pretrain/ (span corruption) and lm_adapt/ (prefix LM, kept at 10%, 50% and 100% of its steps), each
+# with a backbone/. The embedded default is embedded/pretrain/backbone as int8:
+#
+#   softprompt convert FAMILY/embedded/pretrain/backbone OUTPUT --to softprompt --dtype int8
 set -euo pipefail
 corpus=$1 family=$2
 shift 2
 [ $# -gt 0 ] || set -- nano embedded mini
 declare -A width=([nano]=128 [embedded]=256 [mini]=512)
-# Steps of the three stages, of 8,256, 8,192 and 10,240 tokens each.
-declare -A steps=([nano]="800 250 500" [embedded]="800 250 500" [mini]="300 100 150")
+# Steps of the two stages, of 8,256 and 8,192 tokens each.
+declare -A steps=([nano]="2000 250" [embedded]="2000 250" [mini]="500 60")
 mkdir -p "$family"
 vocabulary=$family/spiece.model
 [ -f "$vocabulary" ] || softprompt vocabulary "$corpus"/train-*.jsonl* --output="$vocabulary"
 
 for size in "$@"; do
-  read -r pretrain lm choice <<<"${steps[$size]}"
+  read -r pretrain lm <<<"${steps[$size]}"
   embeddings=$family/embeddings_${width[$size]}.npy
   [ -f "$embeddings" ] || softprompt embeddings "$corpus"/train*.jsonl* \
     --vocabulary_file="$vocabulary" --width="${width[$size]}" --output="$embeddings"
@@ -35,6 +37,4 @@ for size in "$@"; do
   run lm_adapt lm_adapt_small --gin.INITIAL_CHECKPOINT_PATH="$folder/pretrain/backbone" \
     --gin.TRAIN_STEPS="$lm" --gin.EVAL_PERIOD=$((lm / 10)) \
     --gin.BACKBONE_STEPS="($((lm / 10)), $((lm / 2)), $lm)"
-  run choice_adapt choice_adapt --gin.INITIAL_CHECKPOINT_PATH="$folder/lm_adapt/backbone" \
-    --gin.TRAIN_STEPS="$choice"
 done

@@ -20,8 +20,6 @@ from softprompt.vocabulary import EOS_ID, Vocabulary
 
 Batch = dict[str, np.ndarray]
 LENGTH_MULTIPLE = 8
-# Streamed text: targets of at most so many tokens are batched apart from longer ones.
-SHORT_TARGETS = 16
 # Two lengths per doubling: at most a third of a row is padding, and few shapes compile.
 EVAL_BUCKETS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 
@@ -498,9 +496,6 @@ def stream_batches(
 ) -> Callable[[int], Iterator[Batch]]:
     """Endless batches of a task too large for memory (pre-training text), read as they are needed.
 
-    Examples of at most `SHORT_TARGETS` targets share batches that are padded to these, so that a
-    mixture of short and long targets costs what its tokens cost.
-
     seqio's pipeline is deterministic for a seed; starting at step k reads past k batches. For
     `own` see `train_batches`: the text of the other rows is read too, to keep the order.
     """
@@ -519,17 +514,10 @@ def stream_batches(
                 "targets": tf.cast(x["targets"][: lengths["targets"]], tf.int32),
             }
         )
-
-        def batch(short, examples):
-            width = tf.where(short == 1, min(SHORT_TARGETS, lengths["targets"]), lengths["targets"])
-            shapes = {
-                "encoder_ids": tf.constant([lengths["inputs"]], tf.int64),
-                "targets": tf.cast(width, tf.int64)[None],
-            }
-            return examples.padded_batch(batch_size, shapes, drop_remainder=True)
-
-        dataset = dataset.group_by_window(
-            lambda x: tf.cast(tf.size(x["targets"]) <= SHORT_TARGETS, tf.int64), batch, batch_size
+        dataset = dataset.padded_batch(
+            batch_size,
+            {"encoder_ids": [lengths["inputs"]], "targets": [lengths["targets"]]},
+            drop_remainder=True,
         )
         options = tf.data.Options()
         options.deterministic = True

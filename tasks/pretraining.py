@@ -6,8 +6,6 @@
   per step. Their table 6 finds rates from 10% to 50% about as good.
 - `pretrain_prefix_lm` is the "LM adaptation" objective (Lester et al. 2021, section 3.3): a prefix
   as input, its continuation as target.
-- `pretrain_choice` teaches to choose among words that stand in front of a text, where a prompt
-  stands too: some of them were taken out of the text, or follow it, and are the target.
 
 All read the corpus that `use_corpus` or SOFTPROMPT_CORPUS names: a folder of JSON Lines shards
 `train*.jsonl` and `validation*.jsonl` (also `.gz`, `.xz` and `.zst`) with a field `text`, or a TFDS
@@ -23,7 +21,6 @@ import seqio
 import tensorflow as tf
 
 from softprompt import vocabulary
-from softprompt.tasks import features
 from softprompt.tasks.features import FEATURES
 
 _corpus: str | None = None
@@ -201,88 +198,6 @@ def prefix_lm(
     return cut(split_into_chunks(dataset, chunk))
 
 
-# Of the choice task: candidate words in front of a text, of which up to four belong to it; texts
-# whose words serve one another as wrong ones; tokens after the text that may hold its words.
-MOST_OPTIONS, MOST_ANSWERS, GROUP, AHEAD = 10, 4, 16, 32
-# The commonest pieces say nothing about a text.
-COMMON = 250
-
-
-def content_words(words: vocabulary.AnyVocabulary) -> np.ndarray:
-    """Marks `[V]` the pieces that are whole or begun words of at least three letters."""
-    pieces = [words.piece(i) for i in range(words.size)]
-    return np.array(
-        [
-            i >= COMMON and piece.startswith("▁") and len(piece) > 3 and piece[1:].isalpha()
-            for i, piece in enumerate(pieces)
-        ]
-    )
-
-
-def choice(
-    dataset: tf.data.Dataset, sequence_length: dict[str, int], output_features
-) -> tf.data.Dataset:
-    """Options and a text as input; those options that belong to the text, in order, as target.
-
-    The answers are drawn from the text, where a sentinel takes the place of all their occurrences
-    or nothing does, or from the tokens that follow it. The wrong options are answers of other
-    texts, so that neither frequency nor position gives the right ones away. Half of the examples
-    have one answer.
-    """
-    if sequence_length["targets"] < MOST_ANSWERS + 1:
-        raise ValueError(
-            f"the choice task makes up to {MOST_ANSWERS + 1} targets; TASK_FEATURE_LENGTHS gives "
-            f"targets {sequence_length['targets']}"
-        )
-    del output_features
-    words_of = vocabulary.open_vocabulary(features.vocabulary_path())
-    is_content = tf.constant(content_words(words_of))
-    sentinel = words_of.sentinel(0)
-    length = sequence_length["inputs"] - 1 - MOST_OPTIONS
-
-    @seqio.map_over_dataset(num_seeds=1)
-    def ask(x, seed):
-        tokens = tf.ensure_shape(x["targets"], [GROUP, length + AHEAD])
-        seeds = tf.random.experimental.stateless_split(seed, 6)
-
-        def draw(i, shape, low, high):
-            return tf.random.stateless_uniform(shape, seeds[i], low, high, tf.int32)
-
-        # 0: a sentinel in their place, 1: nothing in their place, 2: words that follow.
-        mode = draw(0, [GROUP], 0, 3)
-        follows = tf.range(length + AHEAD)[None] >= length
-        place = tf.gather(is_content, tokens) & (follows == (mode == 2)[:, None])
-        lottery = tf.random.stateless_uniform(tf.shape(tokens), seeds[1])
-        drawn = tf.math.top_k(lottery + tf.cast(place, tf.float32), MOST_ANSWERS).indices
-        words = tf.gather(tokens, drawn, batch_dims=1)
-        right = tf.where(draw(2, [GROUP], 0, 2) == 0, 1, draw(3, [GROUP], 1, MOST_ANSWERS + 1))
-        wrong = draw(4, [GROUP], 1, MOST_OPTIONS - MOST_ANSWERS + 1)
-        others = tf.concat([tf.roll(words, k, axis=0)[:, :2] for k in (1, 2, 3)], axis=1)
-        options = tf.concat([words, others], axis=1)
-        kept = tf.concat(
-            [tf.range(MOST_ANSWERS)[None] < right[:, None], tf.range(6)[None] < wrong[:, None]], 1
-        )
-        order = tf.argsort(tf.random.stateless_uniform(tf.shape(options), seeds[5]))
-        options, kept = (tf.gather(x, order, batch_dims=1) for x in (options, kept))
-        return {
-            "tokens": tokens[:, :length],
-            "options": options,
-            "kept": kept,
-            "is_right": kept & (order < MOST_ANSWERS),
-            "mode": mode,
-        }
-
-    def write(x):
-        options, answers = x["options"][x["kept"]], x["options"][x["is_right"]]
-        text = x["tokens"]
-        taken = tf.reduce_any(text[:, None] == answers[None], axis=1) & (x["mode"] < 2)
-        text = tf.where(taken, tf.constant(sentinel, text.dtype), text)[~taken | (x["mode"] == 0)]
-        return {"inputs": tf.concat([options, text], 0), "targets": answers}
-
-    chunks = split_into_chunks(dataset, length + AHEAD).batch(GROUP, drop_remainder=True)
-    return ask(chunks).unbatch().map(write, num_parallel_calls=tf.data.AUTOTUNE)
-
-
 def _register(name: str, objective) -> None:
     seqio.TaskRegistry.add(
         name,
@@ -308,7 +223,3 @@ def _only_targets(dataset: tf.data.Dataset) -> tf.data.Dataset:
 _register("pretrain_span_corruption", span_corruption)
 _register("pretrain_span_corruption_dense", functools.partial(span_corruption, noise_density=0.5))
 _register("pretrain_prefix_lm", prefix_lm)
-_register("pretrain_choice", choice)
-seqio.MixtureRegistry.add(
-    "pretrain_choice_and_lm", [("pretrain_choice", 2.0), ("pretrain_prefix_lm", 1.0)]
-)

@@ -38,7 +38,6 @@ COMMANDS = {
     "runs/pretrain_small.gin": "train",
     "runs/lm_adapt.gin": "train",
     "runs/lm_adapt_small.gin": "train",
-    "runs/choice_adapt.gin": "train",
     "runs/prompt_eval.gin": "eval",
     "runs/prompt_infer.gin": "infer",
     "runs/mixed_infer.gin": "infer",

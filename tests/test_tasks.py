@@ -262,56 +262,6 @@ def tokens_of(values):
     return tf.constant(values)
 
 
-@pytest.fixture
-def written_corpus(tmp_path, vocabulary):
-    """Two splits of made-up text of 800 words, long enough for a group of the choice task."""
-    pieces = [vocabulary.piece(i) for i in range(300, 3000)]
-    words = [p[1:] for p in pieces if p.startswith("▁") and len(p) > 4][:800]
-    rng = np.random.default_rng(0)
-    for split in ("train", "validation"):
-        with open(tmp_path / f"{split}.jsonl", "w") as file:
-            for _ in range(8):
-                text = " ".join(rng.choice(words, 800))
-                file.write(json.dumps({"text": text}) + "\n")
-    from softprompt.tasks import pretraining
-
-    pretraining.use_corpus(tmp_path)
-    yield tmp_path
-    pretraining.use_corpus(None)
-
-
-def test_the_choice_task_asks_for_words_of_the_text(written_corpus, vocabulary):
-    import itertools
-
-    import seqio
-
-    from softprompt.tasks import pretraining
-
-    task = seqio.get_mixture_or_task("pretrain_choice")
-    lengths = {"inputs": 64, "targets": 8}
-    found = list(
-        itertools.islice(
-            task.get_dataset(lengths, "train", shuffle=True, seed=0).as_numpy_iterator(), 64
-        )
-    )
-    sentinel, with_sentinel, counts = vocabulary.sentinel(0), 0, set()
-    content = pretraining.content_words(vocabulary)
-    for x in found:
-        inputs, targets = x["inputs"], x["targets"]
-        assert len(inputs) <= 64 and inputs[-1] == targets[-1] == 1
-        answers = targets[:-1].tolist()
-        # The answers are options, in the options' order, and content words.
-        options = inputs[: pretraining.MOST_OPTIONS].tolist()
-        places = [options.index(i) for i in answers]
-        assert places == sorted(places) or len(set(options)) < len(options)
-        assert content[answers].all()
-        with_sentinel += sentinel in inputs
-        counts.add(len(answers))
-    assert 5 < with_sentinel < 40 and counts == {1, 2, 3, 4}
-    with pytest.raises(ValueError, match="choice task makes up to 5 targets"):
-        task.get_dataset({"inputs": 64, "targets": 3}, "train", shuffle=False)
-
-
 def test_pretraining_reads_a_corpus(corpus):
     import itertools
 
@@ -329,25 +279,6 @@ def test_pretraining_reads_a_corpus(corpus):
             assert first["targets"].shape == (2, 64)
     finally:
         pretraining.use_corpus(None)
-
-
-def test_short_targets_are_batched_apart_from_long_ones(written_corpus):
-    import itertools
-
-    from softprompt import data
-
-    batches = data.stream_batches(
-        "pretrain_choice_and_lm", "train", {"inputs": 64, "targets": 64}, 4, 0
-    )
-    found = list(itertools.islice(batches(0), 12))
-    widths = [batch["targets"].shape for batch in found]
-    assert set(widths) == {(4, data.SHORT_TARGETS), (4, 64)}
-    for batch in found:
-        lengths = (batch["targets"] > 0).sum(1)
-        assert (lengths <= data.SHORT_TARGETS).all() == (lengths <= data.SHORT_TARGETS).any()
-        assert batch["encoder_ids"].shape == (4, 64)
-    [again] = itertools.islice(batches(7), 1)
-    np.testing.assert_array_equal(again["targets"], found[7]["targets"])
 
 
 def test_text_shards_are_read_through_every_compression(tmp_path):
