@@ -37,11 +37,14 @@ def configure(settings: dict) -> dict:
         str(pathlib.Path(list(x.__path__)[0]).parent) for x in (t5x, flaxformer, prompt_tuning)
     ]
     bindings = [
+        "from __gin__ import dynamic_registration",
+        "import seqio",
         f"ACTIVATION_DTYPE = '{settings['dtype']}'",
         "DROPOUT_RATE = 0.0",
         f"PROMPT_LENGTH = {settings['prompt_length']}",
         f"NUM_ENCODER_LAYERS = {settings['layers']}",
         f"NUM_DECODER_LAYERS = {settings['layers']}",
+        f"NUM_EMBEDDINGS = {worker.ROWS}",
         "VOCABULARY = @seqio.PassThroughVocabulary()",
         f"seqio.PassThroughVocabulary.size = {worker.ROWS}",
         "seqio.PassThroughVocabulary.eos_id = 1",
