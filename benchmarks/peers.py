@@ -324,7 +324,8 @@ def main() -> None:
         same |= {name: about[name] for name in ("cpu", "cores")}
         record = Record(args.output, {**common, **same}, about, missing)
         details = [] if args.no_details else details_due(sides, record, bool(args.data_dir))
-        progress = Progress(plan(sides, tasks, args.repetitions, record, details), say)
+        due = plan(sides, tasks, args.repetitions, record, details)
+        progress = Progress(due, say)
         for name in details:
             if name == "softprompt train":
                 found = first_steps(folder, args)
@@ -335,10 +336,11 @@ def main() -> None:
             record.write()
             said = ", ".join(f"{x} {value:.4g}" for x, value in found.items())
             progress.done(("details", name, "rte"), f"{name}: {said}")
-        workers = {side: Worker(*found) for side, found in sides.items()}
-        measure(workers, tasks, args.repetitions, record, progress.done)
-        for worker in workers.values():
-            worker.close()
+        if len(due) > len(details):
+            workers = {side: Worker(*found) for side, found in sides.items()}
+            measure(workers, tasks, args.repetitions, record, progress.done)
+            for worker in workers.values():
+                worker.close()
     results = {task: record.found["results"][task] for task in tasks}
     print("\n".join(report(results, record.found["details"], record.found["machine"], missing)))
 
