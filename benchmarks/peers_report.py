@@ -51,6 +51,8 @@ def report(results: dict, details: dict, about: dict, missing: dict) -> list[str
                 ratios = [a / b for a, b in zip(*rates, strict=True)]
                 cells.append(f"{statistics.median(ratios):.2f}")
             lines.append(f"| {names[0]} / {names[1]} | {goal} | " + " | ".join(cells) + " |")
+    if not details:
+        return lines
     lines += _table("RTE", "first step, s", "checkpoint, MB", "blocks, s", "peak memory, GB")
     for side, found in details.items():
         if "checkpoint_bytes" in found:
