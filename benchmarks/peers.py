@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pathlib
 import platform
@@ -297,6 +298,8 @@ def main() -> None:
         print(line, file=sys.stderr, flush=True)
 
     tasks, about = args.tasks.split(","), machine()
+    # As `softprompt --cpu_devices` splits a CPU: as many as cores, as far as they divide a batch.
+    cores = 1 if args.cpu_time else len(os.sched_getaffinity(0))
     missing = {"PEFT": absent(args.peft_python, PEFT), "T5X": absent(args.t5x_python, T5X)}
     missing = {peer: why for peer, why in missing.items() if why}
     for peer, why in missing.items():
@@ -310,6 +313,7 @@ def main() -> None:
             "prompt_length": 100, "dtype": "float32", "layers": args.layers,
             "batch_size": args.batch_size, "decode_length": args.decode_length,
             "batches": args.batches, "cpu_time": args.cpu_time,
+            "cpu_devices": math.gcd(args.batch_size, cores),
         }  # fmt: skip
         local = {**common, "tokens": str(tokens)}
         sides = {

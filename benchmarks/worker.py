@@ -4,8 +4,8 @@
 
 SETTINGS is a JSON object: `side` (ours, peft; T5X has `t5x_worker.py`, with the same calls),
 `tokens` (an .npz of `peers.py`), `dtype`, `layers`, `batch_size`, `prompt_length`, `decode_length`,
-`batches` (per case), `cpu_time` (one thread, and the process's own CPU seconds instead of the
-clock's). Weights are random.
+`batches` (per case), `cpu_devices` (of ours: what `softprompt --cpu_devices` is), `cpu_time` (one
+thread, and the process's own CPU seconds instead of the clock's). Weights are random.
 """
 
 import contextlib
@@ -89,6 +89,8 @@ class Ours:
     def __init__(self, settings: dict):
         import jax
 
+        # Before the first device is asked for: see `--cpu_devices` of the command line.
+        jax.config.update("jax_num_cpu_devices", settings["cpu_devices"])
         from softprompt import (
             backbone,
             data,
@@ -113,7 +115,9 @@ class Ours:
         self.cfg, self.throughput, self.prompted = cfg, throughput, prompted
         self.slots = prompted.slots(cfg.vocab_size, rows)
         # Placed as `train.fit` does, so that the first step compiles what all others run.
-        mesh = partition.make_mesh(devices=1)
+        self.devices = settings["cpu_devices"] if jax.default_backend() == "cpu" else 1
+        mesh = partition.make_mesh(devices=self.devices)
+        self.rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
         put = lambda x: jax.device_put(x, partition.replicated(mesh))  # noqa: E731
         shapes = tree.flatten(backbone.abstract(cfg)["params"])
         rng = np.random.default_rng(0)
@@ -144,7 +148,8 @@ class Ours:
             part = self.examples(task, "train")
             drawing = ([part], [1.0], size, 0, self.slots)
             if layout == "packed":
-                stream = self.data.Packing(*drawing, self.lengths.pack_length(*drawing))(0)
+                length = self.lengths.pack_length(*drawing, self.devices)
+                stream = self.data.Packing(*drawing, length, self.devices)(0)
             else:
                 stream = self.lengths.bucketed_batches(*drawing, 5)(0)
             return [next(stream) for _ in range(max(1, len(part) // size))]
@@ -173,6 +178,7 @@ class Ours:
         }
 
     def run(self, case: str, task: str, batch) -> None:
+        batch = self.jax.device_put(batch, self.rows)
         if case == "train":
             self.state = self.step(self.state, self.frozen, batch)
             self.jax.block_until_ready(self.state)
@@ -180,7 +186,7 @@ class Ours:
             np.asarray(self.greedy(self.frozen, batch["encoder_ids"]))
         else:
             # Two labels as long as the targets: their tokens make no difference to the time.
-            labels = batch["targets"][:2]
+            labels = np.asarray(batch["targets"])[:2]
             np.asarray(self.score(self.frozen, batch["encoder_ids"], labels))
 
     def peak(self, clock) -> float:
