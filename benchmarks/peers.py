@@ -6,22 +6,26 @@
 T5 1.1 small with random weights, a prompt of 100 vectors, the tasks at their real lengths. Each
 side runs in a process of its own; repetitions take turns, so that other work on the machine
 disturbs all sides alike. Reported are medians over the repetitions, and medians of the ratios
-within a repetition. A peer that is not installed is reported as absent.
+within a repetition. A peer that is not installed is reported as absent. Each figure is said and
+written to --output as soon as it is measured; the same command goes on where it was interrupted.
 """
 
 import argparse
 import dataclasses
+import hashlib
 import json
+import math
 import os
 import pathlib
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 
 import numpy as np
+from peers_record import Progress, Record
+from peers_report import filled, report
 
 HERE = pathlib.Path(__file__).parent
 TASKS = ("rte", "wic", "boolq")
@@ -32,34 +36,53 @@ CASES = (
     ("bf16", "train", "buckets"),
     ("peft", "train", "longest"),
     ("peft", "train", "512"),
+    ("t5x", "train", "512"),
+    ("t5x", "train", "128"),
     ("ours", "decode", "buckets"),
     ("bf16", "decode", "buckets"),
     ("peft", "decode", "sorted"),
+    ("t5x", "decode", "512"),
     ("ours", "rank", "buckets"),
 )
-RATIOS = (
-    (("ours", "train", "buckets"), ("peft", "train", "longest")),
-    (("ours", "train", "packed"), ("peft", "train", "longest")),
-    (("ours", "train", "buckets"), ("peft", "train", "512")),
-    (("ours", "decode", "buckets"), ("peft", "decode", "sorted")),
-    (("ours", "rank", "buckets"), ("ours", "decode", "buckets")),
+# What start, checkpoint and memory are measured with.
+LAYOUTS = {"peft": ("longest", "512"), "t5x": ("512", "128")}
+# What must import for a peer to be measured.
+PEFT = ("torch", "transformers", "peft")
+T5X = (
+    "t5x.trainer",
+    "t5x.gin_utils",
+    "flaxformer.architectures.t5.t5_architecture",
+    "prompt_tuning.train.layers",
+    "prompt_tuning.train.prompts",
+    "prompt_tuning.train.optim",
+    "prompt_tuning.train.partitioning",
+    "prompt_tuning.train.utils",
 )
+IMPORT = """
+import importlib, sys
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name)
+    except Exception as error:
+        sys.exit(f"{name} does not import: {type(error).__name__}: {error}")
+"""
 
 
 class Worker:
     """A side in its own process."""
 
     def __init__(self, python: str, settings: dict):
-        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+        quiet = {"TOKENIZERS_PARALLELISM": "false", "TF_CPP_MIN_LOG_LEVEL": "3"}
+        script = "t5x_worker.py" if settings["side"] == "t5x" else "worker.py"
         # A file: a pipe that nobody reads would fill up.
         self._errors = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
-            [python, str(HERE / "worker.py"), json.dumps(settings)],
+            [python, str(HERE / script), json.dumps(settings)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env=environment,
+            env={**os.environ, **quiet},
         )
 
     def ask(self, **call) -> dict:
@@ -118,14 +141,27 @@ def machine() -> dict[str, str]:
     }
 
 
-def absent(python: str | None, modules: str) -> str | None:
+def absent(python: str | None, modules: tuple[str, ...]) -> str | None:
     """Why a peer can not be measured, or None."""
     if python is None:
         return "not asked for"
-    found = subprocess.run([python, "-c", f"import {modules}"], capture_output=True, text=True)
+    try:
+        found = subprocess.run([python, "-c", IMPORT, *modules], capture_output=True, text=True)
+    except OSError as error:
+        return f"absent: {python} does not start: {error.strerror}"
     if found.returncode:
-        return f"absent: {found.stderr.strip().splitlines()[-1]}"
+        said = found.stderr.strip().splitlines() or [f"exit status {found.returncode}"]
+        return f"absent: {said[-1]}"
     return None
+
+
+def digest(tokens: pathlib.Path) -> str:
+    """A hash of the token arrays."""
+    found = hashlib.sha256()
+    with np.load(tokens) as file:
+        for name in sorted(file.files):
+            found.update(name.encode() + file[name].tobytes())
+    return found.hexdigest()[:16]
 
 
 def first_steps(folder: pathlib.Path, args) -> dict[str, float]:
@@ -182,69 +218,58 @@ def lean(python: str, settings: dict, layout: str, folder: pathlib.Path) -> dict
     return found
 
 
-def measure(workers: dict[str, Worker], tasks: list[str], repeats: int, say) -> dict:
-    """Examples per second of every case: `{task: {case: {"rates": […], …}}}`."""
-    results: dict = {}
+def details_due(sides: dict, record: Record, training: bool) -> list[str]:
+    """Names of the measurements of start, checkpoint and memory that the record lacks."""
+    names = [f"{side} {x}" for side in sides for x in LAYOUTS.get(side, ("buckets", "packed"))]
+    names += ["softprompt train"] if training else []
+    return [name for name in names if name not in record.found["details"]]
+
+
+def plan(
+    sides: dict, tasks: list[str], repetitions: int, record: Record, details: list[str]
+) -> list[tuple[str, str, str]]:
+    """The measurements to make: `(kind, name, task)`."""
+    found = [("details", name, "rte") for name in details]
     for task in tasks:
-        results[task] = {}
-        for side, case, layout in CASES:
-            if side in workers:
-                key = {"case": case, "task": task, "layout": layout}
-                say(f"preparing {side} {case} {layout} on {task}")
-                found = workers[side].ask(call="prepare", **key)
-                results[task][f"{side} {case} {layout}"] = {**found, "rates": [], "shares": []}
-        for repeat in range(repeats):
-            say(f"{task}: repetition {repeat + 1} of {repeats}")
-            peaks = {side: worker.ask(call="peak")["flops"] for side, worker in workers.items()}
-            for name, kept in results[task].items():
-                side, case, layout = name.split()
-                key = {"case": case, "task": task, "layout": layout}
-                seconds = workers[side].ask(call="time", **key)["seconds"]
+        for name in (" ".join(case) for case in CASES if case[0] in sides):
+            due = max(0, repetitions - len(record.rates(task, name)))
+            found += [("prepare", name, task)] * bool(due) + [("time", name, task)] * due
+    return found
+
+
+def measure(
+    workers: dict[str, Worker], tasks: list[str], repetitions: int, record: Record, done
+) -> None:
+    """Examples per second of every case that the record lacks, into it.
+
+    Its results are `{task: {case: {"rates": […], "shares": […], "examples": …}}}`.
+    """
+    for task in tasks:
+        results = record.found["results"].setdefault(task, {})
+        names = [" ".join(case) for case in CASES if case[0] in workers]
+
+        def ask(name: str, call: str, task: str = task) -> dict:
+            side, case, layout = name.split()
+            return workers[side].ask(call=call, case=case, task=task, layout=layout)
+
+        for name in names:
+            if len(record.rates(task, name)) < repetitions:
+                found = ask(name, "prepare")
+                results[name] = {"rates": [], "shares": [], **results.get(name, {}), **found}
+                done(("prepare", name, task), f"{task} {name}: ready, {filled(found)}")
+        for repetition in range(repetitions):
+            due = [name for name in names if len(results[name]["rates"]) <= repetition]
+            sides = {name.split()[0] for name in due}
+            peaks = {side: workers[side].ask(call="peak")["flops"] for side in sides}
+            for name in due:
+                kept = results[name]
+                seconds = ask(name, "time")["seconds"]
                 kept["rates"].append(kept["examples"] / seconds)
-                if case == "train" and "flops" in kept:
-                    kept["shares"].append(kept["flops"] / seconds / peaks[side])
-    return results
-
-
-def report(results: dict, details: dict, about: dict, missing: dict) -> list[str]:
-    """The tables, in Markdown."""
-    lines = [f"{about['cpu']}, {about['cores']} cores, load average {about['load_average']} at the "
-             f"start, Python {about['python']}.", ""]  # fmt: skip
-    lines += [f"{peer}: {why}." for peer, why in missing.items()]
-    tasks = list(results)
-    lines += ["", "| examples/s | " + " | ".join(tasks) + " |", "| --- |" + " --- |" * len(tasks)]
-    for name in next(iter(results.values())):
-        cells = []
-        for task in tasks:
-            kept = results[task][name]
-            fill = kept["filled"] / kept["positions"]
-            cell = f"{statistics.median(kept['rates']):.2f} ({100 * fill:.0f}% full"
-            if kept["shares"]:
-                cell += f", {100 * statistics.median(kept['shares']):.0f}% of peak"
-            cells.append(cell + ")")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += ["", "| ratio | " + " | ".join(tasks) + " |", "| --- |" + " --- |" * len(tasks)]
-    for one, other in RATIOS:
-        names = " ".join(one), " ".join(other)
-        if all(name in results[task] for name in names for task in tasks):
-            cells = []
-            for task in tasks:
-                rates = [results[task][name]["rates"] for name in names]
-                ratios = [a / b for a, b in zip(*rates, strict=True)]
-                cells.append(f"{statistics.median(ratios):.2f}")
-            lines.append(f"| {names[0]} / {names[1]} | " + " | ".join(cells) + " |")
-    lines += ["", "| RTE | first step, s | checkpoint, MB | blocks, s | peak memory, GB |",
-              "| --- | --- | --- | --- | --- |"]  # fmt: skip
-    for side, found in details.items():
-        if "checkpoint_bytes" in found:
-            lines.append(
-                f"| {side} | {found['first_step']:.1f} | {found['checkpoint_bytes'] / 1e6:.2f} | "
-                f"{found['checkpoint_seconds']:.3f} | {found['peak_memory'] / 1e9:.2f} |"
-            )
-        else:
-            cells = ", ".join(f"{kind} {seconds:.1f}" for kind, seconds in found.items())
-            lines.append(f"| {side} | {cells} | | | |")
-    return lines
+                if " train " in name and "flops" in kept:
+                    kept["shares"].append(kept["flops"] / seconds / peaks[name.split()[0]])
+                record.write()
+                line = f"{task} {name}: {kept['rates'][-1]:.2f} examples/s, {filled(kept)}"
+                done(("time", name, task), f"{line} ({repetition + 1} of {repetitions})")
 
 
 def main() -> None:
@@ -255,65 +280,73 @@ def main() -> None:
     parser.add_argument("--peft_python", help="an interpreter with torch, transformers and peft")
     parser.add_argument("--t5x_python", help="an interpreter with t5x, flaxformer, prompt_tuning")
     parser.add_argument("--tasks", default=",".join(TASKS))
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--batches", type=int, default=5, help="per case and repetition")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--decode_length", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=8, help="fewer: a trial of the command")
     parser.add_argument(
         "--cpu_time",
         action="store_true",
         help="one thread a side and its own CPU seconds: for a machine that others use too",
     )
     parser.add_argument("--no_details", action="store_true", help="examples per second alone")
-    parser.add_argument("--output", help="all figures as JSON")
+    parser.add_argument("--output", help="all figures as JSON; an interrupted run goes on there")
     args = parser.parse_args()
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    about = machine()
-    missing = {
-        "PEFT": absent(args.peft_python, "torch, transformers, peft"),
-        "T5X": absent(args.t5x_python, "t5x, flaxformer, prompt_tuning.train.models"),
-    }
-    missing["T5X"] = (
-        missing["T5X"] or "installed, but this benchmark does not drive it: not measured"
-    )
+    tasks, about = args.tasks.split(","), machine()
+    # As `softprompt --cpu_devices` splits a CPU: as many as cores, as far as they divide a batch.
+    cores = 1 if args.cpu_time else len(os.sched_getaffinity(0))
+    missing = {"PEFT": absent(args.peft_python, PEFT), "T5X": absent(args.t5x_python, T5X)}
     missing = {peer: why for peer, why in missing.items() if why}
+    for peer, why in missing.items():
+        say(f"{peer}: {why}")
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         tokens = pathlib.Path(args.tokens) if args.tokens else folder / "tokens.npz"
         if args.data_dir:
             write_tokens(tokens, args.data_dir, args.vocabulary_file)
         common = {
-            "tokens": str(tokens), "prompt_length": 100, "dtype": "float32",
+            "prompt_length": 100, "dtype": "float32", "layers": args.layers,
             "batch_size": args.batch_size, "decode_length": args.decode_length,
             "batches": args.batches, "cpu_time": args.cpu_time,
+            "cpu_devices": math.gcd(args.batch_size, cores),
         }  # fmt: skip
+        local = {**common, "tokens": str(tokens)}
         sides = {
-            "ours": (sys.executable, {**common, "side": "ours"}),
-            "bf16": (sys.executable, {**common, "side": "ours", "dtype": "bfloat16"}),
+            "ours": (sys.executable, {**local, "side": "ours"}),
+            "bf16": (sys.executable, {**local, "side": "ours", "dtype": "bfloat16"}),
         }
         if "PEFT" not in missing:
-            sides["peft"] = (args.peft_python, {**common, "side": "peft"})
-        details: dict = {}
-        if not args.no_details:
-            for side, (python, settings) in sides.items():
-                for layout in ("longest", "512") if side == "peft" else ("buckets", "packed"):
-                    say(f"memory and start of {side} {layout}")
-                    place = folder / f"saved-{side}-{layout}"
-                    details[f"{side} {layout}"] = lean(python, settings, layout, place)
-            if args.data_dir:
-                say("first steps of softprompt train")
-                details["softprompt train"] = first_steps(folder, args)
-        workers = {side: Worker(*found) for side, found in sides.items()}
-        results = measure(workers, args.tasks.split(","), args.repeats, say)
-        for worker in workers.values():
-            worker.close()
-    print("\n".join(report(results, details, about, missing)))
-    if args.output:
-        found = {"machine": about, "missing": missing, "details": details, "results": results}
-        pathlib.Path(args.output).write_text(json.dumps(found, indent=1), encoding="utf-8")
+            sides["peft"] = (args.peft_python, {**local, "side": "peft"})
+        if "T5X" not in missing:
+            sides["t5x"] = (args.t5x_python, {**local, "side": "t5x"})
+        same = {"tokens": digest(tokens), "sides": list(sides)}
+        same |= {name: about[name] for name in ("cpu", "cores")}
+        record = Record(args.output, {**common, **same}, about, missing)
+        details = [] if args.no_details else details_due(sides, record, bool(args.data_dir))
+        due = plan(sides, tasks, args.repetitions, record, details)
+        progress = Progress(due, say)
+        for name in details:
+            if name == "softprompt train":
+                found = first_steps(folder, args)
+            else:
+                side, layout = name.split()
+                found = lean(*sides[side], layout, folder / f"saved-{side}-{layout}")
+            record.found["details"][name] = found
+            record.write()
+            said = ", ".join(f"{x} {value:.4g}" for x, value in found.items())
+            progress.done(("details", name, "rte"), f"{name}: {said}")
+        if len(due) > len(details):
+            workers = {side: Worker(*found) for side, found in sides.items()}
+            measure(workers, tasks, args.repetitions, record, progress.done)
+            for worker in workers.values():
+                worker.close()
+    results = {task: record.found["results"][task] for task in tasks}
+    print("\n".join(report(results, record.found["details"], record.found["machine"], missing)))
 
 
 if __name__ == "__main__":

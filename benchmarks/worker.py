@@ -2,12 +2,14 @@
 
     python benchmarks/worker.py SETTINGS
 
-SETTINGS is a JSON object: `side` (ours, peft), `tokens` (an .npz of `peers.py`), `dtype`,
-`batch_size`, `prompt_length`, `decode_length`, `batches` (per case), `cpu_time` (one thread, and
-the process's own CPU seconds instead of the clock's). Weights are random.
+SETTINGS is a JSON object: `side` (ours, peft; T5X has `t5x_worker.py`, with the same calls),
+`tokens` (an .npz of `peers.py`), `dtype`, `layers`, `batch_size`, `prompt_length`, `decode_length`,
+`batches` (per case), `cpu_devices` (of ours: what `softprompt --cpu_devices` is), `cpu_time` (one
+thread, and the process's own CPU seconds instead of the clock's). Weights are random.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -17,8 +19,8 @@ import time
 
 import numpy as np
 
-# T5 1.1 small: H, heads, layers, head width, MLP width, embedding rows.
-WIDTH, HEADS, LAYERS, HEAD, MLP, ROWS = 512, 6, 8, 64, 1024, 32128
+# T5 1.1 small: H, heads, head width, MLP width, embedding rows.
+WIDTH, HEADS, HEAD, MLP, ROWS = 512, 6, 64, 1024, 32128
 
 
 def read_tokens(path: str, task: str, split: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -29,6 +31,29 @@ def read_tokens(path: str, task: str, split: str) -> tuple[list[np.ndarray], lis
             flat, ends = (file[f"{task}/{split}/{feature}/{kind}"] for kind in ("ids", "ends"))
             found.append([x.astype(np.int32) for x in np.split(flat, ends[:-1])])
     return found[0], found[1]
+
+
+def groups(settings: dict, case: str, task: str, layout: str) -> list[tuple[list, list]]:
+    """The peers' batches, as inputs and targets: in random order, or by length (`sorted`)."""
+    inputs, targets = read_tokens(
+        settings["tokens"], task, "train" if case == "train" else "validation"
+    )
+    size = settings["batch_size"] * (1 if case == "train" else 2)
+    if layout == "512":
+        size = size // 2  # What fits: the peers' own users halve it.
+    order = np.random.default_rng(0).permutation(len(inputs))
+    if layout == "sorted":
+        order = np.argsort([len(x) for x in inputs], kind="stable")
+    chunks = [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
+    return [([inputs[i] for i in x], [targets[i] for i in x]) for x in chunks]
+
+
+def padded(rows: list[np.ndarray], width: int, fill: int, dtype: type) -> np.ndarray:
+    """Rows cut or filled up to one width."""
+    found = np.full((len(rows), width), fill, dtype)
+    for row, tokens in zip(found, rows, strict=True):
+        row[: len(tokens)] = tokens[:width]
+    return found
 
 
 def spread(widths: list[int], count: int) -> list[int]:
@@ -49,12 +74,23 @@ def best_rate(run, operations: float, clock) -> float:
     return operations / min(times)
 
 
+def jax_peak(dtype: str, clock) -> float:
+    """Operations per second of a matrix product of 1024 in JAX."""
+    import jax
+
+    x = jax.numpy.ones((1024, 1024), dtype)
+    product = jax.jit(lambda a: jax.numpy.dot(a, a, preferred_element_type=jax.numpy.float32))
+    return best_rate(lambda: product(x).block_until_ready(), 2 * 1024**3, clock)
+
+
 class Ours:
     """This project: `train` in length buckets or packed, `decode` and `rank` in length buckets."""
 
     def __init__(self, settings: dict):
         import jax
 
+        # Before the first device is asked for: see `--cpu_devices` of the command line.
+        jax.config.update("jax_num_cpu_devices", settings["cpu_devices"])
         from softprompt import (
             backbone,
             data,
@@ -70,12 +106,18 @@ class Ours:
         )
 
         self.jax, self.data, self.lengths, self.settings = jax, data, lengths, settings
-        cfg = t5.config("t5_1_1_small", dtype=settings["dtype"])
+        layers = settings["layers"]
+        cfg = dataclasses.replace(
+            t5.config("t5_1_1_small", dtype=settings["dtype"]),
+            num_encoder_layers=layers, num_decoder_layers=layers,
+        )  # fmt: skip
         rows = settings["prompt_length"]
         self.cfg, self.throughput, self.prompted = cfg, throughput, prompted
         self.slots = prompted.slots(cfg.vocab_size, rows)
         # Placed as `train.fit` does, so that the first step compiles what all others run.
-        mesh = partition.make_mesh(devices=1)
+        self.devices = settings["cpu_devices"] if jax.default_backend() == "cpu" else 1
+        mesh = partition.make_mesh(devices=self.devices)
+        self.rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
         put = lambda x: jax.device_put(x, partition.replicated(mesh))  # noqa: E731
         shapes = tree.flatten(backbone.abstract(cfg)["params"])
         rng = np.random.default_rng(0)
@@ -106,7 +148,8 @@ class Ours:
             part = self.examples(task, "train")
             drawing = ([part], [1.0], size, 0, self.slots)
             if layout == "packed":
-                stream = self.data.Packing(*drawing, self.lengths.pack_length(*drawing))(0)
+                length = self.lengths.pack_length(*drawing, self.devices)
+                stream = self.data.Packing(*drawing, length, self.devices)(0)
             else:
                 stream = self.lengths.bucketed_batches(*drawing, 5)(0)
             return [next(stream) for _ in range(max(1, len(part) // size))]
@@ -135,6 +178,7 @@ class Ours:
         }
 
     def run(self, case: str, task: str, batch) -> None:
+        batch = self.jax.device_put(batch, self.rows)
         if case == "train":
             self.state = self.step(self.state, self.frozen, batch)
             self.jax.block_until_ready(self.state)
@@ -142,14 +186,11 @@ class Ours:
             np.asarray(self.greedy(self.frozen, batch["encoder_ids"]))
         else:
             # Two labels as long as the targets: their tokens make no difference to the time.
-            labels = batch["targets"][:2]
+            labels = np.asarray(batch["targets"])[:2]
             np.asarray(self.score(self.frozen, batch["encoder_ids"], labels))
 
     def peak(self, clock) -> float:
-        jnp, dtype = self.jax.numpy, self.settings["dtype"]
-        x = jnp.ones((1024, 1024), dtype)
-        product = self.jax.jit(lambda a: jnp.dot(a, a, preferred_element_type=jnp.float32))
-        return best_rate(lambda: product(x).block_until_ready(), 2 * 1024**3, clock)
+        return jax_peak(self.settings["dtype"], clock)
 
     def checkpoint(self, folder: str) -> None:
         from softprompt import checkpoint
@@ -168,9 +209,10 @@ class Peft:
         self.torch, self.settings = torch, settings
         torch.manual_seed(0)
         cfg = T5Config(
-            vocab_size=ROWS, d_model=WIDTH, d_kv=HEAD, d_ff=MLP, num_layers=LAYERS,
-            num_decoder_layers=LAYERS, num_heads=HEADS, feed_forward_proj="gated-gelu",
-            tie_word_embeddings=False, dropout_rate=0.0, decoder_start_token_id=0,
+            vocab_size=ROWS, d_model=WIDTH, d_kv=HEAD, d_ff=MLP,
+            num_layers=settings["layers"], num_decoder_layers=settings["layers"],
+            num_heads=HEADS, feed_forward_proj="gated-gelu", tie_word_embeddings=False,
+            dropout_rate=0.0, decoder_start_token_id=0,
         )  # fmt: skip
         kind = PromptTuningConfig(
             task_type=TaskType.SEQ_2_SEQ_LM, num_virtual_tokens=settings["prompt_length"]
@@ -180,26 +222,13 @@ class Peft:
         self.optimizer = torch.optim.AdamW(trained, lr=0.3)
 
     def batches(self, case: str, task: str, layout: str) -> list:
-        split = "train" if case == "train" else "validation"
-        inputs, targets = read_tokens(self.settings["tokens"], task, split)
-        size = self.settings["batch_size"] * (1 if case == "train" else 2)
-        order = np.random.default_rng(0).permutation(len(inputs))
-        if layout == "sorted":
-            order = np.argsort([len(x) for x in inputs], kind="stable")
-        if layout == "512":
-            size = size // 2  # What fits: the peers' own users halve it.
         found = []
-        for start in range(0, len(order) - size + 1, size):
-            members = order[start : start + size]
-            width = 512 if layout == "512" else max(len(inputs[i]) for i in members)
-            labels = max(len(targets[i]) for i in members)
+        for inputs, targets in groups(self.settings, case, task, layout):
+            width = 512 if layout == "512" else max(len(x) for x in inputs)
             batch = {
-                "input_ids": np.zeros((size, width), np.int64),
-                "labels": np.full((size, labels), -100, np.int64),
+                "input_ids": padded(inputs, width, 0, np.int64),
+                "labels": padded(targets, max(len(x) for x in targets), -100, np.int64),
             }
-            for row, i in enumerate(members):
-                batch["input_ids"][row, : len(inputs[i])] = inputs[i]
-                batch["labels"][row, : len(targets[i])] = targets[i]
             batch = {name: self.torch.from_numpy(x) for name, x in batch.items()}
             found.append({**batch, "attention_mask": (batch["input_ids"] > 0).long()})
         return found
@@ -260,7 +289,9 @@ def answer(side, settings: dict, prepared: dict, call: dict) -> dict:
         batches = side.batches(*key)
         chosen = spread([side.width(b) for b in batches], call.get("batches", settings["batches"]))
         prepared[key] = [batches[i] for i in chosen]
-        for batch in prepared[key]:
+        # One batch of each shape: what compiles does so here.
+        shapes = {tuple(x.shape for x in batch.values()): batch for batch in prepared[key]}
+        for batch in shapes.values():
             side.run(case, task, batch)
         found = [side.counts(batch) for batch in prepared[key]]
         return {name: sum(x[name] for x in found) for name in found[0]}
@@ -270,14 +301,15 @@ def answer(side, settings: dict, prepared: dict, call: dict) -> dict:
     return {"seconds": clock() - began}
 
 
-def main() -> None:
+def serve(make) -> None:
+    """Answer the calls on standard input with the side that `make(settings)` gives."""
     settings = json.loads(sys.argv[1])
     answers = sys.stdout
     if settings["cpu_time"]:
         os.sched_setaffinity(0, [max(os.sched_getaffinity(0))])
         os.environ["OMP_NUM_THREADS"] = "1"
     with contextlib.redirect_stdout(sys.stderr):
-        side = {"ours": Ours, "peft": Peft}[settings["side"]](settings)
+        side = make(settings)
         prepared: dict = {}
         for line in sys.stdin:
             print(json.dumps(answer(side, settings, prepared, json.loads(line))), file=answers,
@@ -285,4 +317,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve(lambda settings: {"ours": Ours, "peft": Peft}[settings["side"]](settings))

@@ -98,6 +98,20 @@ def _use_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+def _split_cpu(count: int | None) -> None:
+    """Makes the CPU so many devices, before JAX has made one of it."""
+    if count is None:
+        return
+    import jax
+
+    if count < 1:
+        raise ValueError(f"--cpu_devices is {count}, expected at least 1")
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError as error:
+        raise ValueError(f"--cpu_devices={count} comes too late: {error}") from None
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line's grammar; `--gin.NAME=VALUE` is read apart from it."""
     top = argparse.ArgumentParser(
@@ -123,6 +137,10 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--tfds_data_dir", help="folder of TensorFlow data sets")
         command.add_argument("--seqio_additional_cache_dirs", default="", metavar="DIR[,DIR…]")
         command.add_argument("--ignore_fingerprint", action="store_true")
+        command.add_argument(
+            "--cpu_devices", type=int, metavar="N",
+            help="make the CPU N devices (as many as cores, say), each with its share of a batch",
+        )  # fmt: skip
         if name in JOB_COMMANDS:
             command.add_argument(
                 "--coordinator_address", metavar="HOST:PORT", help="of process 0 of a job"
@@ -373,6 +391,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from softprompt import hosts
 
             _keep_memory()
+            _split_cpu(args.cpu_devices)
             with hosts.job(**{name: getattr(args, name, None) for name in JOB_FLAGS}):
                 return _run_gin(args, bindings)
         if args.command == "reproduce":

@@ -6,6 +6,7 @@ the reader's light or dark setting, and so do the charts.
 
 import html
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -136,13 +137,16 @@ def matrix(names: Sequence[str], counts: Sequence[Sequence[int]], rows: Sequence
 Point = tuple[float, float, float]
 WIDTH, HEIGHT = 440, 250
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 40
+LINE = 14
 SERIES = 8
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """About `count` round numbers that span `low` to `high`."""
     if not high > low:
-        high = low + (abs(low) or 1.0)
+        # A single value stands in the middle, with a tenth of itself around it.
+        around = abs(low) / 10 or 1.0
+        low, high = low - around, high + around
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
@@ -162,7 +166,8 @@ def chart(
 
     Args:
       series: name to points (x, y, deviation); a deviation of 0 draws no bar.
-      places: names of x = 0, 1, …, where x is no number.
+      places: names of x = 0, 1, …, where x is no number. Only numbers among them are joined by
+        lines.
       mark: an x to draw a line at, and what it is.
     """
     points = [p for line in series.values() for p in line if math.isfinite(p[1])]
@@ -185,7 +190,8 @@ def chart(
         return HEIGHT - BOTTOM - (y - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
 
     drawn = [_grid(list(map(y_at, y_ticks)), list(map(_short, y_ticks)))]
-    drawn.append(_x_axis(list(map(x_at, x_ticks)), x_names, x_label))
+    axis, height = _x_axis(list(map(x_at, x_ticks)), x_names, x_label)
+    drawn.append(axis)
     if mark is not None:
         at = f"{x_at(mark[0]):.1f}"
         line = tag("line", x1=at, x2=at, y1=TOP, y2=HEIGHT - BOTTOM, class_="mark")
@@ -199,7 +205,7 @@ def chart(
         if values
     )
     picture = tag(
-        "svg", *drawn, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=said,
+        "svg", *drawn, viewBox=f"0 0 {WIDTH} {height}", role="img", aria_label=said,
         preserveAspectRatio="xMidYMid meet",
     )  # fmt: skip
     legend = [
@@ -220,27 +226,40 @@ def _grid(heights: Sequence[float], names: Sequence[str]) -> Html:
     return tag("g", *drawn, class_="grid")
 
 
-def _x_axis(widths: Sequence[float], names: Sequence[str], label: str) -> Html:
-    # Names that would run into each other are left out.
+def _x_axis(widths: Sequence[float], names: Sequence[str], label: str) -> tuple[Html, int]:
+    """The names under their places and the label under them; the height of the whole chart."""
     room = (WIDTH - LEFT - RIGHT) / max(len(names), 1)
     every = math.ceil((max(map(len, names), default=1) * 7 + 8) / room)
+    written = [[name] for name in names]
     if every > 1 and len(names) <= 8:
+        # Few and long: on several lines. Many names that would run into each other are left out.
         limit = max(int(room / 7) - 1, 3)
-        names = [n if len(n) <= limit else n[: limit - 1] + "…" for n in names]
+        written = [textwrap.wrap(name, limit) for name in names]
         every = 1
-    drawn = [
-        tag("text", name, x=f"{x:.1f}", y=HEIGHT - BOTTOM + 17, text_anchor="middle")
-        for x, name in list(zip(widths, names, strict=True))[::every]
-    ]
+    drawn = []
+    for x, lines in list(zip(widths, written, strict=True))[::every]:
+        for i, line in enumerate(lines):
+            y = HEIGHT - BOTTOM + 17 + LINE * i
+            drawn.append(tag("text", line, x=f"{x:.1f}", y=y, text_anchor="middle"))
+    height = HEIGHT + LINE * (max(map(len, written), default=1) - 1)
     middle = (LEFT + WIDTH - RIGHT) / 2
-    drawn.append(tag("text", label, x=middle, y=HEIGHT - 4, text_anchor="middle", class_="label"))
-    return tag("g", *drawn, class_="axis")
+    drawn.append(tag("text", label, x=middle, y=height - 4, text_anchor="middle", class_="label"))
+    return tag("g", *drawn, class_="axis"), height
+
+
+def _are_numbers(names: Sequence[str]) -> bool:
+    try:
+        list(map(float, names))
+    except ValueError:
+        return False
+    return True
 
 
 def _line(name: str, number: int, line: Sequence[Point], x_at, y_at, places) -> Html:
     kept = [p for p in line if math.isfinite(p[1])]
     path = " ".join(f"{x_at(x):.1f},{y_at(y):.1f}" for x, y, _ in kept)
-    drawn = [tag("polyline", points=path)]
+    joined = places is None or _are_numbers(places)
+    drawn = [tag("polyline", points=path)] if joined else []
     for x, y, spread in kept:
         at, where = f"{x_at(x):.1f}", places[int(x)] if places else _short(x)
         if spread:

@@ -402,7 +402,7 @@ def plot(
             marker="o",
             capsize=3,
             linewidth=2.5 if task == MEAN else 1.5,
-            linestyle="-" if numeric or len(spec.points) > 1 else "none",
+            linestyle="-" if numeric else "none",
             color="black" if task == MEAN and len(curves) > 1 and line == curves[0][1] else None,
         )
     if numeric:

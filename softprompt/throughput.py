@@ -88,11 +88,14 @@ class Meter:
         """Tokens per second, model FLOPs utilisation and data wait since the last reading.
 
         Utilisation is that of useful work: padding counts as none (Chowdhery et al. 2022,
-        appendix B, where nothing is padded), against `peak` on every device. `data_wait` is the
-        share of the time in which the device had nothing to do because no batch was ready.
+        appendix B, where nothing is padded), against `peak` on every device (of a CPU: in every
+        process). `data_wait` is the share of the time in which the device had nothing to do
+        because no batch was ready.
         """
         elapsed = max(time.perf_counter() - self._began, 1e-9)
-        reachable = peak(jnp.dtype(self._cfg.dtype).name) * self._devices
+        # The devices that a CPU is split into share its cores, all of which `peak` took.
+        units = jax.process_count() if jax.default_backend() == "cpu" else self._devices
+        reachable = peak(jnp.dtype(self._cfg.dtype).name) * units
         figures = {
             "tokens_per_second": self._tokens / self._share / elapsed,
             "mfu": self._flops / self._share / elapsed / reachable,

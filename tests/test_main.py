@@ -103,6 +103,7 @@ def test_packed_rows_of_a_length_that_was_found_train_by_the_loss_among_labels(
             "the backbone '/no' (INITIAL_CHECKPOINT_PATH) does not exist",
         ),
         (["--train_file=/no/rows.jsonl"], "no such file: '/no/rows.jsonl'"),
+        (["--cpu_devices=0"], "--cpu_devices is 0, expected at least 1"),
         (
             ["--gin.MIXTURE_OR_TASK_NAME=embedded_sentiment", "--gin.TRAINABLE=('x',)"],
             "the trainable pattern 'x' matches no parameter",
@@ -165,6 +166,19 @@ def test_starting_up_writes_nothing_that_is_not_ours(tmp_path):
         env={k: v for k, v in os.environ.items() if not k.startswith("TF_")},
     )  # fmt: skip
     assert run.returncode == 0 and run.stderr == ""
+
+
+@pytest.mark.slow
+def test_a_cpu_is_split_into_devices_that_share_a_batch(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-m", "softprompt", "train", MODEL, "--gin_file=runs/prompt_finetune.gin",
+         "--gin.MIXTURE_OR_TASK_NAME=embedded_sentiment", f"--gin.MODEL_DIR={tmp_path}",
+         "--gin.TRAIN_STEPS=1", "--gin.PROMPT_LENGTH=2", "--gin.EVAL_SPLIT=none",
+         "--cpu_devices=2"],
+        capture_output=True, text=True,
+        env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
+    )  # fmt: skip
+    assert run.returncode == 0 and "mesh {'data': 2, 'model': 1}" in run.stdout, run.stderr
 
 
 # --- Python -------------------------------------------------------------------------------------

@@ -287,7 +287,7 @@ def test_the_page_of_a_sweep_has_its_table_its_plot_and_its_runs(swept, capsys):
     [
         (0, 100, [0, 20, 40, 60, 80, 100]),
         (0.93, 1.07, [0.9, 0.95, 1.0, 1.05, 1.1]),
-        (5, 5, [5, 6, 7, 8, 9, 10]),
+        (5, 5, [4.4, 4.6, 4.8, 5.0, 5.2, 5.4, 5.6]),
         (-3, 3, [-4, -2, 0, 2, 4]),
     ],
 )
@@ -309,6 +309,17 @@ def test_a_chart_draws_every_value_and_says_it_in_words():
     assert label == "Loss. a: 2 at the start, 4 at the end."
     assert "a, 3: 4 ± 1" in found.text
     assert "nothing was recorded" in page.chart({"a": []}, "Loss", "step", "nats")
+
+
+def test_a_chart_joins_numbers_and_writes_long_names_whole():
+    line = {"a": [(0, 1.0, 0.0), (1, 2.0, 0.0)]}
+    names = ["span corruption with a sentinel in front", "span corruption with nothing in front"]
+    found = Document(page.chart(line, "Method", "method", "score", places=names))
+    assert not [tag for tag, _ in found.elements if tag == "polyline"]
+    words = " ".join(found.text.split())
+    assert "sentinel in front" in words and "nothing in front" in words and "…" not in words
+    joined = Document(page.chart(line, "Length", "length", "score", places=["1", "20"]))
+    assert [tag for tag, _ in joined.elements if tag == "polyline"]
 
 
 def luminance(color):

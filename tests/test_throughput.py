@@ -32,3 +32,14 @@ def test_padding_is_no_work():
     assert meter._flops == 2 * throughput.forward_flops(TINY, np.array([2]), np.array([1]))
     assert 0 < meter.read()["mfu"]
     assert meter.read()["tokens_per_second"] == 0
+
+
+def test_a_cpu_that_is_split_into_devices_counts_once(monkeypatch):
+    monkeypatch.setattr(throughput, "peak", lambda dtype: 1e9)
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: 1.0)
+    found = []
+    for devices in (1, 8):
+        meter = throughput.Meter(TINY, 2, devices)
+        meter.add({"encoder_ids": np.array([[5, 6]]), "targets": np.array([[7]])})
+        found.append(meter.read()["mfu"])
+    assert found[0] == found[1] > 0

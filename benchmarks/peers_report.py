@@ -1,0 +1,66 @@
+"""The tables of `peers.py`, in Markdown."""
+
+import statistics
+
+# Ours, the other, and the ratio to reach.
+RATIOS = (
+    (("ours", "train", "buckets"), ("t5x", "train", "512"), "4.5"),
+    (("ours", "train", "packed"), ("t5x", "train", "512"), "4.5"),
+    (("ours", "train", "buckets"), ("t5x", "train", "128"), "–"),
+    (("ours", "train", "buckets"), ("peft", "train", "longest"), "1.5, WiC 1.2"),
+    (("ours", "train", "packed"), ("peft", "train", "longest"), "1.5, WiC 1.2"),
+    (("ours", "train", "buckets"), ("peft", "train", "512"), "–"),
+    (("ours", "decode", "buckets"), ("t5x", "decode", "512"), "5"),
+    (("ours", "decode", "buckets"), ("peft", "decode", "sorted"), "1.3"),
+    (("ours", "rank", "buckets"), ("ours", "decode", "buckets"), "1"),
+)
+
+
+def filled(kept: dict) -> str:
+    """Share of the positions that are no padding."""
+    return f"{100 * kept['filled'] / kept['positions']:.0f}% full"
+
+
+def _table(*header: str) -> list[str]:
+    return ["", "| " + " | ".join(header) + " |", "| --- |" + " --- |" * (len(header) - 1)]
+
+
+def report(results: dict, details: dict, about: dict, missing: dict) -> list[str]:
+    """Absent peers, medians of the rates and of the ratios within a repetition, and the rest."""
+    lines = [f"{about['cpu']}, {about['cores']} cores, load average {about['load_average']} at the "
+             f"start, Python {about['python']}.", ""]  # fmt: skip
+    lines += [f"{peer}: {why}." for peer, why in missing.items()]
+    tasks = list(results)
+    lines += _table("examples/s", *tasks)
+    for name in next(iter(results.values())):
+        cells = []
+        for task in tasks:
+            kept = results[task][name]
+            cell = f"{statistics.median(kept['rates']):.2f} ({filled(kept)}"
+            if kept["shares"]:
+                cell += f", {100 * statistics.median(kept['shares']):.0f}% of peak"
+            cells.append(cell + ")")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += _table("ratio", "goal", *tasks)
+    for one, other, goal in RATIOS:
+        names = " ".join(one), " ".join(other)
+        if all(name in results[task] for name in names for task in tasks):
+            cells = []
+            for task in tasks:
+                rates = [results[task][name]["rates"] for name in names]
+                ratios = [a / b for a, b in zip(*rates, strict=True)]
+                cells.append(f"{statistics.median(ratios):.2f}")
+            lines.append(f"| {names[0]} / {names[1]} | {goal} | " + " | ".join(cells) + " |")
+    if not details:
+        return lines
+    lines += _table("RTE", "first step, s", "checkpoint, MB", "blocks, s", "peak memory, GB")
+    for side, found in details.items():
+        if "checkpoint_bytes" in found:
+            lines.append(
+                f"| {side} | {found['first_step']:.1f} | {found['checkpoint_bytes'] / 1e6:.2f} | "
+                f"{found['checkpoint_seconds']:.3f} | {found['peak_memory'] / 1e9:.2f} |"
+            )
+        else:
+            cells = ", ".join(f"{kind} {seconds:.1f}" for kind, seconds in found.items())
+            lines.append(f"| {side} | {cells} | | | |")
+    return lines
