@@ -14,7 +14,8 @@ from softprompt import backbone as backbones
 
 TYPES = (("float32", None), ("float32", "int8"), ("bfloat16", None), ("bfloat16", "int8"))
 DATA = ("sentiment", "question_type", "entailment")
-LENGTHS = {"inputs": 128, "targets": 128}
+LENGTHS = {"inputs": 129, "targets": 129}
+TASKS = {"span corruption": "pretrain_span_corruption_dense", "prefix LM": "pretrain_prefix_lm"}
 
 
 def held_out(args: argparse.Namespace, vocabulary) -> dict[str, data.Examples]:
@@ -28,8 +29,9 @@ def held_out(args: argparse.Namespace, vocabulary) -> dict[str, data.Examples]:
 
         features.use_vocabulary(vocabulary.path)
         pretraining.use_corpus(args.corpus)
-        task = data.get_tasks("pretrain_prefix_lm")[0][0]
-        found["prefix LM"] = data.first_examples(task, "validation", LENGTHS, args.examples)
+        for name, task in TASKS.items():
+            task = data.get_tasks(task)[0][0]
+            found[name] = data.first_examples(task, "validation", LENGTHS, args.examples)
     return found
 
 
@@ -37,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backbone", default="embedded")
     parser.add_argument("--corpus", help="folder of text shards")
-    parser.add_argument("--examples", type=int, default=512, help="of the corpus")
+    parser.add_argument("--examples", type=int, default=256, help="of the corpus")
     args = parser.parse_args()
     examples = None
     for dtype, weights in TYPES:
