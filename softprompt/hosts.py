@@ -61,9 +61,6 @@ def start(
     if None not in (process_id, num_processes) and not 0 <= process_id < num_processes:
         raise ValueError(f"--process_id is {process_id}, expected 0 to {num_processes - 1}")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # On CPUs programs that run at the same time share one channel between two processes: a step's
-    # sum and the sum of a stop signal could meet. One program ends before the next one starts.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.distributed.initialize(
             coordinator_address,

@@ -49,7 +49,7 @@ def test_the_embedded_backbone_fits_in_the_package(embedded):
     while "task" in about:
         stages.append(about["task"])
         about = about["trained_from"]
-    assert stages[-1] == "pretrain_span_corruption_dense" and "pretrain_prefix_lm" in stages
+    assert stages == ["pretrain_span_corruption_dense"]
     assert (native.EMBEDDED / native.CARD_FILE).is_file()
 
 

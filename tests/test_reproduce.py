@@ -127,8 +127,9 @@ def test_points_of_a_family_without_their_backbone_are_named(tmp_path):
     planned = plan("figure3c", Options(family=str(tmp_path), output_dir=tmp_path))
     assert len(planned.runs) == 4 and "span corruption + sentinel" in planned.runs[1]
     assert planned.missing[0].startswith("LM adaptation (pre-training): there is no backbone ")
+    (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match="has none of the backbones"):
-        plan("figure1", Options(family=str(tmp_path)))
+        plan("figure1", Options(family=str(tmp_path / "none")))
 
 
 def test_the_stand_in_halves_are_the_whole(tmp_path):
