@@ -299,7 +299,7 @@ def main() -> None:
 
     tasks, about = args.tasks.split(","), machine()
     # As `softprompt --cpu_devices` splits a CPU: as many as cores, as far as they divide a batch.
-    cores = 1 if args.cpu_time else len(os.sched_getaffinity(0))
+    cores = 1 if args.cpu_time else int(about["cores"])
     missing = {"PEFT": absent(args.peft_python, PEFT), "T5X": absent(args.t5x_python, T5X)}
     missing = {peer: why for peer, why in missing.items() if why}
     for peer, why in missing.items():

@@ -247,7 +247,8 @@ def _x_axis(widths: Sequence[float], names: Sequence[str], label: str) -> tuple[
     return tag("g", *drawn, class_="axis"), height
 
 
-def _are_numbers(names: Sequence[str]) -> bool:
+def are_numbers(names: Sequence[str]) -> bool:
+    """Whether every name on an axis is a number, so that the places between them mean something."""
     try:
         list(map(float, names))
     except ValueError:
@@ -258,7 +259,7 @@ def _are_numbers(names: Sequence[str]) -> bool:
 def _line(name: str, number: int, line: Sequence[Point], x_at, y_at, places) -> Html:
     kept = [p for p in line if math.isfinite(p[1])]
     path = " ".join(f"{x_at(x):.1f},{y_at(y):.1f}" for x, y, _ in kept)
-    joined = places is None or _are_numbers(places)
+    joined = places is None or are_numbers(places)
     drawn = [tag("polyline", points=path)] if joined else []
     for x, y, spread in kept:
         at, where = f"{x_at(x):.1f}", places[int(x)] if places else _short(x)

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from softprompt import checkpoint, config, data, launch, provenance, report
+from softprompt import checkpoint, config, data, launch, page, provenance, report
 from softprompt import train as training
 from softprompt.logbook import duration, say
 
@@ -378,13 +378,8 @@ def plot(
     else:
         [line] = spec.lines
         curves = [(task, line, task) for task in _columns(spec)]
-    try:
-        places = [float(point) for point in spec.points]
-        numeric = len(places) > 1
-    except ValueError:
-        numeric = False
-    if not numeric:
-        places = list(range(len(spec.points)))
+    numeric = len(spec.points) > 1 and page.are_numbers(list(spec.points))
+    places = [float(point) for point in spec.points] if numeric else list(range(len(spec.points)))
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for label, line, task in curves:
         kept = [
