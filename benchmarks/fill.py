@@ -9,7 +9,7 @@ token or a slot, and the same share with one and with five length buckets: means
 import argparse
 import os
 
-from softprompt import data, lengths
+from softprompt import data, lengths, packing
 from softprompt.prompted import slots
 
 TASKS = ("wic", "copa", "wsc", "rte", "cb", "boolq", "multirc")
@@ -25,12 +25,12 @@ def read(task: str, feature_lengths: dict[str, int]) -> data.Examples:
 def line(task: str, part: data.Examples, batch_size: int, prompt_length: int) -> str:
     """A row of the table."""
     drawing = ([part], [1.0], batch_size, 0, slots(32128, prompt_length))
-    packing = data.Packing(*drawing, lengths.pack_length(*drawing))
-    share, count = packing.fill(100)
+    packed = packing.Packing(*drawing, packing.row_length(*drawing))
+    share, count = packed.fill(100)
     one, _ = lengths.padding(data.train_batches(*drawing)(0))
     five, shapes = lengths.padding(lengths.bucketed_batches(*drawing, 5)(0))
     return (
-        f"| {task} | {packing.shape[0]} × {packing.length} | {100 * share:.1f}% | {count:.1f} | "
+        f"| {task} | {packed.shape[0]} × {packed.length} | {100 * share:.1f}% | {count:.1f} | "
         f"{100 * one:.1f}% | {100 * five:.1f}% | {', '.join(map(str, shapes))} |"
     )
 

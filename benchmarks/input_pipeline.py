@@ -18,7 +18,7 @@ import time
 
 import numpy as np
 
-from softprompt import data, partition, pipeline, prompted, t5, throughput
+from softprompt import data, packing, partition, pipeline, prompted, t5, throughput
 
 PROMPT_LENGTH = 100
 
@@ -118,7 +118,7 @@ def main() -> None:
     part = examples(cfg, 2490, args.mean, args.longest)
     slots = prompted.slots(cfg.vocab_size, PROMPT_LENGTH)
     operations = mesh.size * args.peak * args.utilisation
-    packed = data.Packing([part], [1.0], args.batch_size, 0, slots, 1024, mesh.size)
+    packed = packing.Packing([part], [1.0], args.batch_size, 0, slots, 1024, mesh.size)
     for name, make in (
         ("padded", data.train_batches([part], [1.0], args.batch_size, 0, slots)),
         ("packed", packed),

@@ -97,6 +97,7 @@ class Ours:
             decode,
             lengths,
             optim,
+            packing,
             partition,
             prompted,
             t5,
@@ -105,7 +106,8 @@ class Ours:
             tree,
         )
 
-        self.jax, self.data, self.lengths, self.settings = jax, data, lengths, settings
+        self.jax, self.data, self.lengths, self.packing = jax, data, lengths, packing
+        self.settings = settings
         layers = settings["layers"]
         cfg = dataclasses.replace(
             t5.config("t5_1_1_small", dtype=settings["dtype"]),
@@ -148,8 +150,8 @@ class Ours:
             part = self.examples(task, "train")
             drawing = ([part], [1.0], size, 0, self.slots)
             if layout == "packed":
-                length = self.lengths.pack_length(*drawing, self.devices)
-                stream = self.data.Packing(*drawing, length, self.devices)(0)
+                length = self.packing.row_length(*drawing, self.devices)
+                stream = self.packing.Packing(*drawing, length, self.devices)(0)
             else:
                 stream = self.lengths.bucketed_batches(*drawing, 5)(0)
             return [next(stream) for _ in range(max(1, len(part) // size))]

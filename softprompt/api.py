@@ -21,10 +21,11 @@ import numpy as np
 import optax
 
 from softprompt import backbone as backbones
-from softprompt import data, evaluation, optim, partition, prompted, report, train, voting
+from softprompt import data, evaluation, inputs, optim, prompted, report, train, voting
 from softprompt import population as populations
 from softprompt import prompt as prompts
 from softprompt.backbone import Backbone
+from softprompt.inputs import Shared
 from softprompt.prompt import Prompt
 from softprompt.reparameterise import Mlp
 from softprompt.tree import Flat
@@ -154,6 +155,8 @@ def tune(
     prompt_depth: int | str = 1,
     reparameterisation: Mlp | None = None,
     microbatches: int = 1,
+    length_buckets: int = 1,
+    pack_length: int | str = 0,
 ) -> Prompt:
     """Tunes a prompt for a frozen backbone and returns the best one.
 
@@ -171,12 +174,14 @@ def tune(
       prompt_depth: encoder layers that read the prompt anew, or 'all'; 1 is the input alone.
       reparameterisation: a network that the prompt is trained behind (`reparameterise.Mlp()`).
       microbatches: equal parts that a batch is computed in, one after the other, to save memory.
+      length_buckets, pack_length: batches of examples of like lengths, or packed rows, where
+        lengths differ much: see `inputs.batches`.
 
     Returns:
       The prompt of the best validation, or of the last step without `validation_data`.
     """
     settings = {k: v for k, v in locals().items() if k != "backbone"}
-    arguments, about = _tuning(backbone, {}, **settings)
+    arguments, about = _tuning(backbone, Shared(), **settings)
     result = train.fit(**arguments)
     if model_dir is not None and not result.interrupted:
         report.attempt(model_dir, backbone)
@@ -206,7 +211,7 @@ def tune_many(
       'diverged' or 'interrupted'.
     """
     defaults = inspect.signature(tune).parameters
-    named, abouts, shared = [], [], {}
+    named, abouts, shared = [], [], Shared()
     for number, own in enumerate(members):
         settings = {**common, **own}
         name = str(settings.pop("name", number))
@@ -229,7 +234,7 @@ def tune_many(
 
 def _tuning(
     backbone: Backbone,
-    shared: dict[Any, Any],
+    shared: Shared,
     train_data: Data,
     validation_data: Data | None,
     labels: Sequence[str] | None,
@@ -249,20 +254,14 @@ def _tuning(
     prompt_depth: int | str,
     reparameterisation: Mlp | None,
     microbatches: int,
+    length_buckets: int,
+    pack_length: int | str,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The arguments of `train.fit` for those of `tune`, and what the prompt's metadata say.
 
     Calls with the same `shared` tokenise the same data and compile the same predictor once.
     """
-
-    def once(function, *arguments):
-        key = (function, *((type(x), x if isinstance(x, int | str) else id(x)) for x in arguments))
-        if key not in shared:
-            # The arguments are kept, for the identity of a dead object may be taken again.
-            shared[key] = (function(*arguments), arguments)
-        return shared[key][0]
-
-    examples, judged = once(_examples, train_data, "train", backbone, lengths, labels)
+    examples, judged = shared(_examples, train_data, "train", backbone, lengths, labels)
     labels = labels or judged.labels
     if isinstance(train_data, str) and validation_data is None:
         validation_data = train_data
@@ -277,37 +276,27 @@ def _tuning(
     label_ids = evaluation.training_labels(loss, [examples], [labels], backbone.vocabulary)
     slots = prompted.slots(backbone.cfg.vocab_size, prompt_length)
     batch_size = train.rows_for(batch_size, backbone.mesh, microbatches)
-    own = partition.local_rows(backbone.mesh, batch_size)
+    batches = inputs.batches(
+        [examples], [1.0], batch_size, seed, slots, backbone.mesh, microbatches, pack_length,
+        length_buckets, 0 if label_ids is None else label_ids.shape[1],
+    )  # fmt: skip
+    if pack_length:
+        pack_length = batches.length
 
     run_evaluation = None
     if validation_data is not None:
-        held_out = once(_examples, validation_data, "validation", backbone, lengths, labels)[1]
-        predictor = once(_predictor, backbone, prompt_length, labels, lengths, batch_size)
+        held_out = shared(_examples, validation_data, "validation", backbone, lengths, labels)[1]
+        predictor = shared(_predictor, backbone, prompt_length, labels, lengths, batch_size)
 
         def run_evaluation(flat: Flat, step: int) -> dict[str, float]:
             return evaluation.evaluate(predictor, flat, [held_out])
 
-    about = {
-        "backbone": backbone.name,
-        "backbone_fingerprint": backbone.fingerprint,
-        "backbone_weights": backbone.weights,
-        "task": examples.name,
-        "prompt_length": prompt_length,
-        "initialisation": getattr(init, "__name__", str(init)),
-        "loss": loss,
-        "seed": seed,
-        **({} if deep is None else {"prompt_depth": len(deep) + 1}),
-        **({} if reparameterisation is None else {"network": vars(reparameterisation)}),
-    }
-
-    def save(path: pathlib.Path, trained: dict[str, np.ndarray], note: dict[str, Any]) -> None:
-        array, further = trained[train.PROMPT], trained.get(train.DEEP)
-        note = {**about, "class_labels": labels and list(labels), **note}
-        prompts.save(f"{path}.safetensors", array, note, further)
-
+    about = prompts.describe(
+        backbone, examples.name, prompt_length, init, loss, seed, deep, reparameterisation
+    )
     arguments = dict(
         backbone=backbone,
-        batches=data.train_batches([examples], [1.0], batch_size, seed, slots, own),
+        batches=batches,
         optimizer=optim.adafactor(learning_rate),
         train_steps=train_steps,
         prompt=initial,
@@ -317,8 +306,13 @@ def _tuning(
         log_period=log_period,
         checkpoint_period=checkpoint_period,
         model_dir=model_dir,
-        save=save,
-        identity={**about, "batch_size": batch_size},
+        save=prompts.saver(about, labels),
+        identity={
+            **about,
+            "batch_size": batch_size,
+            "pack_length": pack_length,
+            "length_buckets": length_buckets,
+        },
         seed=seed,
         microbatches=microbatches,
         label_ids=label_ids,

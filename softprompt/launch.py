@@ -22,8 +22,8 @@ from softprompt import (
     data,
     evaluation,
     hosts,
+    inputs,
     int8,
-    lengths,
     optim,
     partition,
     prompt,
@@ -36,6 +36,7 @@ from softprompt import (
 from softprompt import train as training
 from softprompt.backbone import Backbone
 from softprompt.formats import Stored, native
+from softprompt.inputs import Shared
 from softprompt.logbook import duration, say, size
 from softprompt.predict import baseline, eval, infer
 from softprompt.settings import UserData, check_settings, load_tasks, use_vocabulary
@@ -77,33 +78,6 @@ def _load_backbone(
     vocabulary = open_vocabulary(vocabulary_file) if vocabulary_file else None
     cfg = dataclasses.replace(t5.config(architecture, dropout_rate, dtype), remat=remat)
     return backbones.random(cfg, seed, vocabulary, mesh, architecture, weights)
-
-
-class Shared:
-    """Calls `function(*arguments)` once, and gives its result again for equal arguments.
-
-    Runs of one process share a backbone, tokenised tasks and compiled predictors by it.
-    """
-
-    def __init__(self):
-        self._found: dict[Any, Any] = {}
-
-    def __call__(self, function: Callable, *arguments: Any) -> Any:
-        key = (function, *map(self._key, arguments))
-        if key not in self._found:
-            # The arguments are kept, for the identity of a dead object may be taken again.
-            self._found[key] = (function(*arguments), arguments)
-        return self._found[key][0]
-
-    @staticmethod
-    def _key(argument: Any) -> Any:
-        if isinstance(argument, Backbone):
-            return id(argument)
-        try:
-            hash(argument)
-        except TypeError:
-            return repr(argument)
-        return argument
 
 
 def train(
@@ -162,7 +136,7 @@ def train(
     embeddings`). `text_corpus` is the folder of text shards of the pre-training tasks. With
     `stream`, batches are read as they are needed (pre-training text) and the evaluation is the loss
     on the first `eval_examples` of `eval_split`; else examples lie in memory, packed into rows of
-    `pack_length` tokens if that is not 0 (see `data.Packing`; 'auto': see `lengths.pack_length`),
+    `pack_length` tokens if that is not 0 (see `packing.Packing`; 'auto': see `packing.row_length`),
     or in batches of at most `length_buckets` shapes (see `lengths.bucketed_batches`), and the
     task's own metrics are evaluated. `loss` is that of the target 'tokens' or that of the right one
     among the task's 'labels', behind the first sentinel with `target_sentinel` (Lester et al. 2021,
@@ -193,6 +167,10 @@ def train(
     )
     if not prompt_length and (prompt_depth != 1 or reparameterisation is not None):
         raise ValueError("PROMPT_LENGTH is 0: there is no prompt to be deep or reparameterised")
+    if odd := [k for k in backbone_steps if not eval_period or k % eval_period]:
+        raise ValueError(
+            f"BACKBONE_STEPS {odd} are no multiples of EVAL_PERIOD, which is {eval_period}"
+        )
     folder = pathlib.Path(model_dir)
     devices = mesh()
     backbone = shared(
@@ -211,25 +189,15 @@ def train(
 
         pretraining.use_corpus(text_corpus)
     tasks = shared(load_tasks, mixture_or_task_name, mixture_or_task_module, user_data)
-    batch_size = training.rows_for(batch_size, devices, microbatches)
-    own = partition.local_rows(devices, batch_size)
-    slots = prompted.slots(backbone.cfg.vocab_size, prompt_length)
-
     class_labels = [evaluation.label_classes(task) for task, _ in tasks]
     initial = deep = None
     if prompt_length:
-        initial = prompt_init(
-            jax.random.key(seed),
-            prompt_length,
-            prompt.Source(
-                backbone.embedding(),
-                vocabulary,
-                class_labels[0],
-                backbone,
-            ),
-        )
+        source = prompt.Source(backbone.embedding(), vocabulary, class_labels[0], backbone)
+        initial = prompt_init(jax.random.key(seed), prompt_length, source)
         deep = prompt.deep_rows(backbone, initial, prompt_depth)
+    batch_size = training.rows_for(batch_size, devices, microbatches)
     if stream:
+        own = partition.local_rows(devices, batch_size)
         batches = data.stream_batches(
             mixture_or_task_name, "train", task_feature_lengths, batch_size, seed, own
         )
@@ -244,28 +212,14 @@ def train(
         for part in parts:
             if message := data.cut_message(part, task_feature_lengths):
                 say(message)
-        rates = [rate for _, rate in tasks]
         label_ids = evaluation.training_labels(loss, parts, class_labels, vocabulary, prefix)
-        drawing = (parts, rates, batch_size, seed, slots)
+        slots = prompted.slots(backbone.cfg.vocab_size, prompt_length)
+        batches = inputs.batches(
+            parts, [rate for _, rate in tasks], batch_size, seed, slots, devices, microbatches,
+            pack_length, length_buckets, 0 if label_ids is None else label_ids.shape[1],
+        )  # fmt: skip
         if pack_length:
-            over = devices.shape["data"] * microbatches
-            if pack_length == "auto":
-                pack_length = lengths.pack_length(*drawing, over)
-            width = 0 if label_ids is None else label_ids.shape[1]
-            batches = data.Packing(*drawing, pack_length, over, label_length=width)
-            own = partition.local_rows(devices, batches.shape[0])
-            batches = dataclasses.replace(batches, own=own)
-            share, count = batches.fill()
-            say(
-                f"packing: {batches.shape[0]} rows of {pack_length}, {100 * share:.0f}% full, "
-                f"{count:.1f} examples a batch"
-            )
-        elif length_buckets > 1:
-            batches = lengths.bucketed_batches(*drawing, length_buckets, own)
-            share, shapes = lengths.padding(batches(0))
-            say(f"length buckets: rows of {shapes}, {100 * share:.0f}% full")
-        else:
-            batches = data.train_batches(*drawing, own)
+            pack_length = batches.length
         held_out = [
             shared(evaluation.from_task, task, eval_split, task_feature_lengths, vocabulary)
             for task, _ in tasks
@@ -278,21 +232,15 @@ def train(
         backbone, prompt_length, eval_mode, eval_batch_size, task_feature_lengths["targets"],
         1, 0.0, 0, 1.0, 0, prefix,
     )  # fmt: skip
-
-    def save_backbone(path: pathlib.Path, params: tree.Flat, note: dict[str, Any]) -> str:
-        arrays = {k: v for k, v in params.items() if not k.startswith("prompt/")}
-        if backbone.weights == "int8":
-            arrays = {k: int8.value(arrays, k) for k in int8.parameters(arrays)}
-        name = backbone_name or backbone.name
-        data_read = {
+    save_backbone = functools.partial(
+        _save_backbone, backbone, backbone_name, backbone_dtype,
+        {
             "task": mixture_or_task_name,
             "batch_size": batch_size,
             "task_feature_lengths": dict(task_feature_lengths),
-        }
-        origin = {"trained_from": _origin(backbone), "seed": seed, "commit": provenance.commit()}
-        note = {**data_read, **origin, **note}
-        stored = Stored.of(name, backbone.cfg, arrays, vocabulary, note)
-        return native.save(path, stored, backbone_dtype)
+            "seed": seed,
+        },
+    )  # fmt: skip
 
     def run_evaluation(flat: tree.Flat, step: int) -> dict[str, float]:
         if step in backbone_steps:
@@ -302,40 +250,15 @@ def train(
             return {"loss": float(np.mean(found))}
         return evaluation.evaluate(predictor, flat, held_out, folder / "eval", step)
 
-    if odd := [k for k in backbone_steps if not eval_period or k % eval_period]:
-        raise ValueError(
-            f"BACKBONE_STEPS {odd} are no multiples of EVAL_PERIOD, which is {eval_period}"
-        )
-    only_prompt = all(pattern.startswith("prompt/") for pattern in trainable)
-    about = {
-        "backbone": backbone.name,
-        "backbone_fingerprint": backbone.fingerprint,
-        "backbone_weights": backbone.weights,
-        "task": mixture_or_task_name,
-        "prompt_length": prompt_length,
-        "initialisation": getattr(prompt_init, "__name__", str(prompt_init)),
-        "loss": loss,
-        **({"target_sentinel": True} if target_sentinel else {}),
-        "seed": seed,
-        **({} if deep is None else {"prompt_depth": len(deep) + 1}),
-        **({} if reparameterisation is None else {"network": vars(reparameterisation)}),
-    }
-
-    # Labels given for the initialisation come before the task's own.
-    labels = config.macros().get("CLASS_LABELS") or class_labels[0]
-
-    def save(path: pathlib.Path, trained: dict[str, np.ndarray], note: dict[str, Any]) -> None:
-        if training.PROMPT in trained:
-            array, further = trained[training.PROMPT], trained.get(training.DEEP)
-            note = {**about, "class_labels": labels, **note}
-            prompt.save(f"{path}.safetensors", array, note, further)
-
-    task_labels = {task.name: own for (task, _), own in zip(tasks, class_labels, strict=True)}
+    about = prompt.describe(
+        backbone, mixture_or_task_name, prompt_length, prompt_init, loss, seed, deep,
+        reparameterisation,
+    )  # fmt: skip
+    about |= {"target_sentinel": True} if target_sentinel else {}
     cost = _cost(backbone, initial, deep, reparameterisation, trainable, backbone_dtype)
+    task_labels = {task.name: own for (task, _), own in zip(tasks, class_labels, strict=True)}
     provenance.write(folder, backbone, {**about, "labels": task_labels, **cost})
     count = tree.count({k: backbone.params[k] for k in int8.parameters(backbone.params)})
-    # What is loaded in fewer bits than it is stored in has another one than the backbone.
-    before = tree.fingerprint(backbone.params) if backbone.weights != "float32" else None
     say(
         f"backbone {backbone.name} ({count / 1e6:.1f}M parameters in {backbone.weights}, "
         f"fingerprint {backbone.fingerprint}), mesh {dict(devices.shape)}, prompt length "
@@ -347,6 +270,8 @@ def train(
         f"({100 * cost['trainable_parameters'] / count:.3g}% of the backbone's); kept for the "
         f"task: {cost['parameters_per_task']:,} ({size(cost['bytes_per_task'])})"
     )
+    # What is loaded in fewer bits than it is stored in has another one than the backbone.
+    before = tree.fingerprint(backbone.params) if backbone.weights != "float32" else None
     result = fit(
         backbone,
         batches,
@@ -363,7 +288,8 @@ def train(
         keep=keep_checkpoints,
         log_period=log_period,
         model_dir=folder,
-        save=save,
+        # Labels given for the initialisation come before the task's own.
+        save=prompt.saver(about, config.macros().get("CLASS_LABELS") or class_labels[0]),
         identity={
             **about,
             "batch_size": batch_size,
@@ -381,7 +307,7 @@ def train(
     )
     if result.interrupted:
         return result
-    if only_prompt:
+    if all(pattern.startswith("prompt/") for pattern in trainable):
         after = tree.fingerprint(backbone.params)
         path = folder / "prompts" / "best.safetensors"
         say(f"backbone fingerprint before {before or backbone.fingerprint}, after {after}")
@@ -395,6 +321,25 @@ def train(
     if written := report.attempt(folder, backbone):
         say(f"report: {written}")
     return result
+
+
+def _save_backbone(
+    start: Backbone,
+    name: str | None,
+    dtype: str,
+    about: Mapping[str, Any],
+    path: pathlib.Path,
+    params: tree.Flat,
+    note: Mapping[str, Any],
+) -> str:
+    """Stores what `start` was trained to, without its prompt, and its origins; its fingerprint."""
+    arrays = {k: v for k, v in params.items() if not k.startswith("prompt/")}
+    if start.weights == "int8":
+        arrays = {k: int8.value(arrays, k) for k in int8.parameters(arrays)}
+    origin = {"name": start.name, "fingerprint": start.fingerprint, **start.metadata}
+    note = {**about, "trained_from": origin, "commit": provenance.commit(), **note}
+    stored = Stored.of(name or start.name, start.cfg, arrays, start.vocabulary, note)
+    return native.save(path, stored, dtype)
 
 
 def _cost(
@@ -443,8 +388,3 @@ def label_count(settings: Mapping[str, Any]) -> int:
     if not min(counts):
         raise ValueError(f"the task {settings['mixture_or_task_name']!r} has no labels")
     return max(counts)
-
-
-def _origin(backbone: Backbone) -> dict[str, Any]:
-    """Where a trained backbone started, with that one's own origins."""
-    return {"name": backbone.name, "fingerprint": backbone.fingerprint, **backbone.metadata}

@@ -1,4 +1,4 @@
-"""Which lengths compile: buckets for batches of like lengths, and the row length of packing."""
+"""Which lengths compile: buckets for batches of like lengths."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -10,8 +10,6 @@ from softprompt import data
 # Batches that are drawn together, sorted by length and shuffled: enough for batches of like
 # lengths, few enough for a batch's examples to stay close to where the shuffled order has them.
 WINDOW = 32
-# A row of this share of tokens is full enough; longer ones cost more attention than they save.
-FULL = 0.92
 
 
 def bucket_lengths(lengths: Sequence[int], count: int) -> list[int]:
@@ -95,32 +93,6 @@ def bucketed_batches(
             }
 
     return generate
-
-
-def pack_length(
-    parts: Sequence[data.Examples],
-    rates: Sequence[float],
-    batch_size: int,
-    seed: int,
-    slots: np.ndarray,
-    rows_multiple: int = 1,
-) -> int:
-    """The shortest row for `data.Packing` that gets `FULL`, else the fullest one.
-
-    Rows from the longest example to four times that are tried on 100 batches: the first few find
-    their gaps easier to fill than those after them. Short rows are the cheaper ones: attention
-    costs the square of a row.
-    """
-    need = len(slots) + max(len(ids) for part in parts for ids in part.inputs)
-    fullest = (0.0, 0)
-    for length in np.unique(np.geomspace(need, 4 * need, 24).round().astype(int)):
-        length = data.round_up(int(length))
-        packing = data.Packing(parts, rates, batch_size, seed, slots, length, rows_multiple)
-        share, _ = packing.fill(100)
-        if share >= FULL:
-            return length
-        fullest = max(fullest, (share, length))
-    return fullest[1]
 
 
 def padding(batches: Iterator[data.Batch], count: int = 100) -> tuple[float, list[int]]:

@@ -22,6 +22,7 @@ import numpy as np
 
 from softprompt import checkpoint, config, launch, population, report
 from softprompt import train as training
+from softprompt.inputs import Shared
 from softprompt.logbook import say
 from softprompt.population import Member, Outcome
 from softprompt.sweep import deviation
@@ -102,7 +103,7 @@ def population_members(
     config.parse(files, bindings, search_paths, complete=False)
     macros = config.macros()
     settings = plan(macros)
-    shared = launch.Shared()
+    shared = Shared()
     if isinstance(macros.get("POPULATION_DIR"), str):
         root = pathlib.Path(macros["POPULATION_DIR"])
     else:

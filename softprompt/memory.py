@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from softprompt import backbone as backbones
-from softprompt import data, formats, partition, prompted, t5, train, tree
+from softprompt import data, formats, packing, partition, prompted, t5, train, tree
 from softprompt.prompted import PromptedT5
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -262,12 +262,17 @@ def of_settings(settings: Mapping[str, Any], mesh: jax.sharding.Mesh, labels: in
     inputs, targets = (data.round_up(lengths[feature]) for feature in ("inputs", "targets"))
     rows = train.rows_for(settings["batch_size"], mesh, microbatches)
     width = length + inputs
-    if pack := settings["pack_length"]:
+    if (pack := settings["pack_length"]) == "auto":
+        raise ValueError(
+            "PACK_LENGTH 'auto' is chosen by the data, which a dry run does not read; give it the "
+            "row length that the run says"
+        )
+    if pack:
         longest = [np.ones(lengths[f], np.int32) for f in ("inputs", "targets")]
         full = data.Examples("full", [longest[0]], [longest[1]], [{}], {})
         slots = prompted.slots(cfg.vocab_size, length)
         over = mesh.shape["data"] * microbatches
-        rows, width, targets = data.Packing(
+        rows, width, targets = packing.Packing(
             [full], [1.0], settings["batch_size"], 0, slots, pack, over
         ).shape
     return Run(

@@ -194,8 +194,13 @@ def _ensemble(
     # Prompts of one length share a compiled predictor.
     predictors = {
         n: evaluation.Predictor(
-            predictor.backbone, n, predictor.mode, predictor.batch_size, predictor.decode_length
-        )
+            predictor.backbone,
+            n,
+            predictor.mode,
+            predictor.batch_size,
+            predictor.decode_length,
+            prefix=predictor.prefix,
+        )  # fmt: skip
         for n in {n for _, n in alone}
     }
     singles = [(predictors[n], params) for params, n in alone]

@@ -190,6 +190,43 @@ class Prompt:
         save(path, self.array, self.metadata, self.deep)
 
 
+def describe(
+    backbone: Any,
+    task: str,
+    length: int,
+    init: Initializer,
+    loss: str,
+    seed: int,
+    deep: np.ndarray | None = None,
+    reparameterisation: Any = None,
+) -> dict[str, Any]:
+    """A prompt's metadata beside its step and figures: where it belongs, and how it is trained."""
+    return {
+        "backbone": backbone.name,
+        "backbone_fingerprint": backbone.fingerprint,
+        "backbone_weights": backbone.weights,
+        "task": task,
+        "prompt_length": length,
+        "initialisation": getattr(init, "__name__", str(init)),
+        "loss": loss,
+        "seed": seed,
+        **({} if deep is None else {"prompt_depth": len(deep) + 1}),
+        **({} if reparameterisation is None else {"network": vars(reparameterisation)}),
+    }
+
+
+def saver(about: Mapping[str, Any], labels: Sequence[str] | None) -> Callable[..., None]:
+    """The `save` of `train.fit`: the prompt among what was trained, with `about` and labels."""
+
+    def save(path: Any, trained: Mapping[str, np.ndarray], note: Mapping[str, Any]) -> None:
+        if "prompt/bank" in trained:
+            note = {**about, "class_labels": labels and list(labels), **note}
+            array, deep = trained["prompt/bank"], trained.get("prompt/deep")
+            prompts.write(f"{path}.safetensors", array, note, deep)
+
+    return save
+
+
 def load_for(
     path: str | os.PathLike, backbone: Any, ignore_fingerprint: bool = False, deep: bool = True
 ) -> Prompt:

@@ -1,6 +1,7 @@
 """Mixed-task batches: a prompt per row gives what batches of one prompt each give."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -111,3 +112,19 @@ def test_many_prompts_are_tuned_as_each_is_alone(tiny, pairs, tmp_path):
     np.testing.assert_array_equal(kept.array, found[1].array)
     with pytest.raises(ValueError, match="member '0' has stpes, which is none of its settings"):
         softprompt.tune_many(backbone, [{"stpes": 3}], **settings)
+
+
+@pytest.mark.parametrize("form, says", [
+    ({"length_buckets": 2}, r"length buckets: rows of \[\d+(, \d+)?\]"),
+    ({"pack_length": "auto"}, r"packing: \d+ rows of \d+"),
+])  # fmt: skip
+def test_a_prompt_is_tuned_in_buckets_and_in_packed_rows(tiny, pairs, capsys, form, says):
+    settings = dict(
+        train_data=[(f"{text} " * k, label) for k, (text, label) in enumerate(pairs, 1)],
+        labels=["positive", "negative"], prompt_length=3, train_steps=1, batch_size=4,
+        lengths={"inputs": 32, "targets": 8},
+    )  # fmt: skip
+    initial = softprompt.tune(tiny, **settings, learning_rate=0.0).array
+    found = softprompt.tune(tiny, **settings, **form).array
+    assert re.search(says, capsys.readouterr().out)
+    assert np.isfinite(found).all() and not np.array_equal(found, initial)

@@ -15,7 +15,18 @@ from conftest import TINY
 from test_train import LENGTHS, batches_of, fit, prompt_of
 
 from softprompt import backbone as backbones
-from softprompt import data, evaluation, int8, memory, optim, partition, prompted, train, tree
+from softprompt import (
+    data,
+    evaluation,
+    int8,
+    memory,
+    optim,
+    packing,
+    partition,
+    prompted,
+    train,
+    tree,
+)
 from softprompt.formats import Stored, native
 from softprompt.prompted import PromptedT5
 
@@ -188,7 +199,7 @@ def test_rematerialisation_changes_no_loss_and_no_gradient(tiny, pairs, remat):
 def packed_batch(backbone, pairs):
     examples = data.from_pairs(pairs, backbone.vocabulary, LENGTHS)
     slots = prompted.slots(backbone.cfg.vocab_size, 5)
-    return next(data.Packing([examples], [1.0], 8, 0, slots, 32, rows_multiple=4)(0))
+    return next(packing.Packing([examples], [1.0], 8, 0, slots, 32, rows_multiple=4)(0))
 
 
 @pytest.mark.parametrize("kind", ["tokens", "packed", "labels", "uneven"])
@@ -307,3 +318,6 @@ def test_the_command_needs_no_checkpoint_and_loads_nothing(tmp_path, capsys):
     assert "frozen weights" in said and "peak" in said and "1.000  fits" in said
     assert "fits: BATCH_SIZE=" in said
     assert not (tmp_path / "run").exists()
+    flags += ["--gin.PACK_LENGTH=auto", f"--gin.MODEL_DIR={tmp_path}/run"]
+    assert main(flags) != 0
+    assert "PACK_LENGTH 'auto' is chosen by the data" in capsys.readouterr().err

@@ -137,13 +137,13 @@ def test_a_readers_error_ends_training_as_itself(tiny, pairs):
 
 
 def test_each_process_makes_its_rows_of_the_same_batches(tiny, pairs):
-    from softprompt import data, prompted
+    from softprompt import data, packing, prompted
 
     examples = data.from_pairs(pairs, tiny.vocabulary, {"inputs": 16, "targets": 8})
     slots = prompted.slots(tiny.cfg.vocab_size, 5)
     for make in (
         lambda own: data.train_batches([examples], [1.0], 8, 0, slots, own),
-        lambda own: data.Packing([examples], [1.0], 16, 0, slots, 48, 2, own),
+        lambda own: packing.Packing([examples], [1.0], 16, 0, slots, 48, 2, own),
     ):
         whole = make(slice(None))
         count = len(next(whole(0))["targets"])

@@ -16,7 +16,17 @@ import pytest
 from conftest import TINY
 
 from softprompt import backbone as backbones
-from softprompt import data, evaluation, losses, optim, partition, prompted, train, tree
+from softprompt import (
+    data,
+    evaluation,
+    losses,
+    optim,
+    packing,
+    partition,
+    prompted,
+    train,
+    tree,
+)
 from softprompt.prompted import PromptedT5, slots
 
 LENGTHS = {"inputs": 16, "targets": 8}
@@ -412,7 +422,7 @@ def test_the_loss_among_labels_is_the_same_for_packed_examples(tiny, pairs):
     own = slots(tiny.cfg.vocab_size, 5)
     for labels in (label_ids, None):
         width = 0 if labels is None else labels.shape[1]
-        packed = data.Packing([examples, other], [1, 1], 12, 0, own, 48, label_length=width)
+        packed = packing.Packing([examples, other], [1, 1], 12, 0, own, 48, label_length=width)
         rows = [[(examples, 0), (other, 7)], [(other, 3)]]
         members = [member for row in rows for member in row]
         inputs = [part.inputs[i] for part, i in members]
@@ -432,7 +442,7 @@ def test_the_loss_among_labels_is_the_same_for_packed_examples(tiny, pairs):
 def test_training_on_packed_rows_moves_the_prompt_alone(tiny, pairs):
     examples = data.from_pairs(pairs, tiny.vocabulary, {"inputs": 16, "targets": 8})
     own = slots(tiny.cfg.vocab_size, 5)
-    packed = data.Packing([examples], [1.0], 6, 0, own, 48)
+    packed = packing.Packing([examples], [1.0], 6, 0, own, 48)
     before = bits(tiny.params)
     result = fit(tiny, pairs, steps=3, batches=packed)
     assert np.abs(result.trained[train.PROMPT] - prompt_of(tiny)).max() > 0
