@@ -1,11 +1,12 @@
 """Command line: softprompt train, eval, infer, baseline, sweep, reproduce, and tools."""
 
 import argparse
+import contextlib
 import os
 import pathlib
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 GIN_COMMANDS = ("train", "population", "eval", "infer", "baseline", "sweep", "transfer")
 # Commands that several processes can run together, and how they find each other.
@@ -38,13 +39,26 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
+@contextlib.contextmanager
+def _without(*packages: str) -> Iterator[None]:
+    """Lets an import find none of `packages`, unless they were imported before."""
+    hidden = [name for name in packages if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+
+
 def _import_tensorflow() -> None:
     """Imports what reads data, with native libraries' start-up lines kept off the terminal.
 
     They are written to the file descriptor itself before any level can be set. What was written is
-    shown after all if the import fails.
+    shown after all if the import fails. Keras, which TensorFlow Text imports, would import
+    scikit-learn and matplotlib if it found them: a third of the time, for nothing here.
     """
-    with tempfile.TemporaryFile() as held:
+    with tempfile.TemporaryFile() as held, _without("sklearn", "matplotlib"):
         sys.stderr.flush()
         terminal = os.dup(2)
         os.dup2(held.fileno(), 2)

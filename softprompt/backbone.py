@@ -1,6 +1,7 @@
 """Backbones: a frozen T5's parameters, its architecture, its vocabulary and its fingerprint."""
 
 import dataclasses
+import functools
 import os
 from typing import Any
 
@@ -51,8 +52,13 @@ class Backbone:
         return np.asarray(int8.value(self.params, "token_embedder/embedding"), np.float32)
 
 
+@functools.cache
 def abstract(cfg: T5Config, rows: int = 0) -> dict[str, Any]:
-    """Shapes and logical axes (`params`, `params_axes`) of a prompted T5, without computing."""
+    """Shapes and logical axes (`params`, `params_axes`) of a prompted T5, without computing.
+
+    Tracing takes most of a second for a dozen layers, and a run asks several times: kept, not to be
+    changed.
+    """
     ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     return jax.eval_shape(PromptedT5(cfg, rows).init, jax.random.key(0), ids, ids)
 

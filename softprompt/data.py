@@ -8,6 +8,7 @@ and go on anywhere. TensorFlow and seqio are imported only by the functions that
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -325,8 +326,8 @@ def _records(task: Any, split: str) -> list[dict[str, Any]]:
             f"task {task.name} has no split {split!r}; it has {', '.join(task.splits)}"
         )
     cached = cache_of(task, split)
-    dataset = task.get_dataset(
-        sequence_length=None, split=split, shuffle=False, use_cached=cached is not None
+    dataset = _dataset(
+        task, sequence_length=None, split=split, shuffle=False, use_cached=cached is not None
     )
     what = f"{task.name}: reading {split}"
     records = list(track(dataset.as_numpy_iterator(), what, "examples"))
@@ -335,6 +336,21 @@ def _records(task: Any, split: str) -> list[dict[str, Any]]:
     if cached is not None:
         _check_tokens(task, records, cached)
     return records
+
+
+def _dataset(task: Any, **settings: Any) -> Any:
+    """`task.get_dataset`, without AutoGraph where the task's preprocessors need none.
+
+    Converting them costs seconds of every start. One that has Python's control flow over tensors
+    raises a TypeError without conversion.
+    """
+    import tensorflow as tf
+
+    get = functools.partial(task.get_dataset, **settings)
+    try:
+        return tf.autograph.experimental.do_not_convert(get)()
+    except TypeError:
+        return get()
 
 
 def prefix_targets(examples: Examples, prefix: Sequence[int]) -> Examples:
@@ -346,7 +362,7 @@ def prefix_targets(examples: Examples, prefix: Sequence[int]) -> Examples:
 
 def first_examples(task: Any, split: str, lengths: Mapping[str, int], count: int) -> Examples:
     """The first `count` examples of a split too large for memory, always the same ones."""
-    dataset = task.get_dataset(sequence_length=dict(lengths), split=split, shuffle=False, seed=0)
+    dataset = _dataset(task, sequence_length=dict(lengths), split=split, shuffle=False, seed=0)
     taken = dataset.take(count).as_numpy_iterator()
     records = list(track(taken, f"{task.name}: reading {split}", "examples", count))
     return make_examples(

@@ -25,7 +25,7 @@ from softprompt import train as training
 from softprompt.inputs import Shared
 from softprompt.logbook import say
 from softprompt.population import Member, Outcome
-from softprompt.sweep import deviation
+from softprompt.sweep import spread
 
 INIT = "INIT"
 TASK = "MIXTURE_OR_TASK_NAME"
@@ -222,7 +222,7 @@ def _summary(scored: Sequence[tuple[float, Planned, Outcome]]) -> str:
         best = max(found, key=lambda x: np.nan_to_num(x[0], nan=-np.inf))[1]
         values = {**best.shown, **best.own}
         cells = [*(str(values.get(k, "")) for k in settings)]
-        cells += [f"{np.mean(scores):.2f} ± {deviation(scores):.2f}", str(len(found)), best.name]
+        cells += [spread(scores, 2), str(len(found)), best.name]
         order = (str(values.get(TASK)), np.nan_to_num(-np.mean(scores), nan=np.inf))
         rows.append((order, "| " + " | ".join(cells) + " |"))
     return "\n".join([*lines, *(line for _, line in sorted(rows))]) + "\n"

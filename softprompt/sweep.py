@@ -298,6 +298,12 @@ def deviation(scores: Sequence[float]) -> float:
     return float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0
 
 
+def spread(scores: Sequence[float], digits: int = 1) -> str:
+    """Mean ± sample standard deviation; the mean alone of a single score, which has no other."""
+    mean = f"{np.mean(scores):.{digits}f}"
+    return f"{mean} ± {deviation(scores):.{digits}f}" if len(scores) > 1 else mean
+
+
 def as_csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> bytes:
     """A table as CSV."""
     text = io.StringIO()
@@ -354,8 +360,7 @@ def table(spec: Spec, found: Mapping[tuple[str, str, str], Sequence[float]]) -> 
             cells = []
             for task in columns:
                 scores = found.get((line, point, task))
-                cell = "" if scores is None else f"{np.mean(scores):.1f} ± {deviation(scores):.1f}"
-                cells.append(cell)
+                cells.append("" if scores is None else spread(scores))
             lines.append("| " + " | ".join([*([line] if named else []), point, *cells]) + " |")
     return "\n".join(lines) + "\n"
 

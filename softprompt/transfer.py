@@ -240,10 +240,7 @@ def table(
         cells = list(row)
         for method in methods:
             x = of_methods.get(method)
-            cells.append("" if x is None else f"{np.mean(x):.1f}")
-            # One seed has no deviation.
-            if x is not None and len(x) > 1:
-                cells[-1] += f" ± {sweep.deviation(x):.1f}"
+            cells.append("" if x is None else sweep.spread(x))
         for method in later:
             both = [of_methods.get(name) for name in (method, methods[0])]
             cells.append("" if None in both else f"{np.mean(both[0]) - np.mean(both[1]):+.1f}")

@@ -150,16 +150,27 @@ def check_at_hand(task: str, split: str) -> None:
 def dataset_of(
     examples: Callable[[str], Iterator[dict[str, Any]]], extras: Mapping[str, tf.TensorSpec]
 ) -> Callable[..., tf.data.Dataset]:
-    """A seqio dataset function over a Python generator of examples, read whole at each call."""
+    """A seqio dataset function over a Python generator of examples, read whole at each call.
+
+    They become columns: a generator's rows would each be a call from TensorFlow back to Python.
+    """
     signature = {"inputs": STRING, "targets": STRING, **extras}
 
     def dataset_fn(split: str, shuffle_files: bool = False, seed: int | None = None):
         del shuffle_files, seed  # One file; seqio shuffles the examples.
         # Read now, so that a user's error surfaces as it is and not from inside TensorFlow.
         found = list(examples(split))
-        return tf.data.Dataset.from_generator(lambda: iter(found), output_signature=signature)
+        columns = {k: _column([row[k] for row in found], spec) for k, spec in signature.items()}
+        return tf.data.Dataset.from_tensor_slices(columns)
 
     return dataset_fn
+
+
+def _column(values: Sequence[Any], spec: tf.TensorSpec) -> tf.Tensor | tf.RaggedTensor:
+    """A feature of all examples: `spec` is that of one, of rank 0 or a list of any length."""
+    if spec.shape.rank:
+        return tf.ragged.constant(values, spec.dtype, ragged_rank=1)
+    return tf.constant(values, spec.dtype, (len(values),))
 
 
 def add_task(
