@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from softprompt import checkpoint, config, launch, population, report
+from softprompt import checkpoint, config, launch, population, provenance, report
 from softprompt import train as training
 from softprompt.inputs import Shared
 from softprompt.logbook import say
@@ -140,7 +140,7 @@ def run(
     bindings: Sequence[tuple[str, str]] = (),
     search_paths: Sequence[str] = (),
 ) -> bool:
-    """Trains the population; writes `population.csv` and `summary.md` to POPULATION_DIR.
+    """Trains the population; writes its ranking, summary and report to POPULATION_DIR.
 
     Returns False if SIGTERM stopped it; the same command goes on.
     """
@@ -171,7 +171,7 @@ def run(
     text = write(folder, planned, outcomes)
     if any(outcome.status == population.INTERRUPTED for outcome in outcomes):
         return False
-    say(f"{text}\n{len(outcomes)} prompts in {folder}: population.csv, summary.md")
+    say(f"{text}\n{len(outcomes)} prompts in {folder}: population.csv, summary.md, report.html")
     return True
 
 
@@ -199,23 +199,28 @@ def write(folder: pathlib.Path, planned: Sequence[Planned], outcomes: Sequence[O
              result.best_step, result.step, outcome.status, json.dumps(result.metrics)]
         )  # fmt: skip
     checkpoint.write_atomically(folder / "population.csv", text.getvalue().encode())
-    summary = _summary(scored)
+    header, listed = _summary(scored)
+    lines = [header, ["---"] * len(header), *listed]
+    summary = "".join("| " + " | ".join(line) + " |\n" for line in lines)
     checkpoint.write_atomically(folder / "summary.md", summary.encode())
+    provenance.write_of_many(folder / "population.json", {"header": header, "summary": listed})
+    report.attempt(folder)
     return summary
 
 
-def _summary(scored: Sequence[tuple[float, Planned, Outcome]]) -> str:
-    """Mean ± sample standard deviation over seeds of equal settings, the best first by task."""
+def _summary(
+    scored: Sequence[tuple[float, Planned, Outcome]],
+) -> tuple[list[str], list[list[str]]]:
+    """Mean ± sample standard deviation over seeds of equal settings, the best first by task.
+
+    A header, and a row per setting.
+    """
     groups: dict[tuple, list[tuple[float, Planned]]] = {}
     for score, one, _ in scored:
         groups.setdefault(one.group(), []).append((score, one))
     settings = list(
         dict.fromkeys(k for _, one, _ in scored for k in (*one.shown, *one.own) if k != SEED)
     )
-    lines = [
-        "| " + " | ".join([*(k.lower() for k in settings), "score", "seeds", "best"]) + " |",
-        "| " + " | ".join(["---"] * (len(settings) + 3)) + " |",
-    ]
     rows = []
     for found in groups.values():
         scores = [score for score, _ in found]
@@ -224,5 +229,6 @@ def _summary(scored: Sequence[tuple[float, Planned, Outcome]]) -> str:
         cells = [*(str(values.get(k, "")) for k in settings)]
         cells += [spread(scores, 2), str(len(found)), best.name]
         order = (str(values.get(TASK)), np.nan_to_num(-np.mean(scores), nan=np.inf))
-        rows.append((order, "| " + " | ".join(cells) + " |"))
-    return "\n".join([*lines, *(line for _, line in sorted(rows))]) + "\n"
+        rows.append((order, cells))
+    header = [*(k.lower() for k in settings), "score", "seeds", "best"]
+    return header, [cells for _, cells in sorted(rows)]

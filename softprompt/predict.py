@@ -5,6 +5,7 @@ Gin files name these functions `launch.eval`, `launch.infer` and `launch.baselin
 
 import dataclasses
 import glob
+import itertools
 import json
 import os
 import pathlib
@@ -112,6 +113,22 @@ def _listed(prompt_files: str | Sequence[Path]) -> list[str]:
     return found
 
 
+def _told_apart(files: Sequence[str]) -> list[str]:
+    """What tells paths apart: without the folders that all of them begin or end with.
+
+    Worked example: runs/a/best.npy and runs/b/best.npy are `a` and `b`.
+    """
+    paths = [pathlib.PurePath(file).parts for file in files]
+
+    def alike(paths: Sequence[Sequence[str]]) -> int:
+        steps = zip(*paths, strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda names: len(set(names)) == 1, steps))
+
+    first, last = alike(paths), alike([path[::-1] for path in paths])
+    names = ["/".join(path[first : len(path) - last]) for path in paths]
+    return names if all(names) else list(files)
+
+
 def eval(
     mixture_or_task_name: str,
     task_feature_lengths: Mapping[str, int],
@@ -167,7 +184,10 @@ def eval(
         for task in tasks:
             evaluation.check_metric(best_metric, [task])
         alone = [_alone(backbone, one) for one in read] if measure_cost else []
-        return _ensemble(predictor, flat, tasks, files, best_metric, split, eval_output_dir, alone)
+        return _ensemble(
+            mixture_or_task_name, predictor, flat, tasks, files, best_metric, split,
+            eval_output_dir, alone,
+        )  # fmt: skip
     figures = evaluation.evaluate(predictor, flat, tasks, eval_output_dir)
     labels = {task.name: task.labels for task in tasks}
     _report(mixture_or_task_name, split, figures, eval_output_dir, backbone, labels)
@@ -175,6 +195,7 @@ def eval(
 
 
 def _ensemble(
+    name: str,
     predictor: evaluation.Predictor,
     flat: tree.Flat,
     tasks: Sequence[evaluation.EvalTask],
@@ -189,7 +210,7 @@ def _ensemble(
     def choose(figures: Mapping[str, float]) -> float:
         return training.choose_metric(figures, best_metric)
 
-    reports = voting.evaluate(predictor, flat, tasks, files, choose, folder)
+    reports = voting.evaluate(predictor, flat, tasks, _told_apart(files), choose, folder)
     figures: dict[str, float] = {}
     # Prompts of one length share a compiled predictor.
     predictors = {
@@ -217,6 +238,10 @@ def _ensemble(
             checkpoint.write_atomically(path, json.dumps(found, indent=2).encode())
             text = reports[task.name].table() + "\n"
             checkpoint.write_atomically(path.with_suffix(".md"), text.encode())
+    if folder is not None:
+        said = {"task": name, "split": split, "ensemble": [str(file) for file in files]}
+        _keep_facts(folder, predictor.backbone, said, {task.name: task.labels for task in tasks})
+        report.attempt(folder)
     return figures
 
 
@@ -298,10 +323,21 @@ def _report(
         return
     folder = pathlib.Path(folder)
     checkpoint.write_atomically(folder / f"{name}.json", json.dumps(figures, indent=2).encode())
-    if not (folder / "train.jsonl").exists():  # A training run's own facts stay.
+    _keep_facts(folder, backbone, said, labels)
+    report.attempt(folder)
+
+
+def _keep_facts(
+    folder: Path,
+    backbone: Backbone,
+    said: Mapping[str, Any],
+    labels: Mapping[str, Sequence[str] | None],
+) -> None:
+    """Writes how an evaluation was made, unless the folder is a training run's, whose own stay."""
+    folder = pathlib.Path(folder)
+    if not (folder / "train.jsonl").exists():
         of = {"backbone": backbone.name, "backbone_fingerprint": backbone.fingerprint}
         provenance.write(folder, backbone, {**of, **said, "labels": labels})
-    report.attempt(folder)
 
 
 INFER_CHUNK = 512

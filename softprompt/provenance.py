@@ -31,6 +31,13 @@ def write(folder: pathlib.Path, backbone: Backbone, about: Mapping[str, Any]) ->
     checkpoint.write_atomically(folder / "run.json", json.dumps(facts, indent=2).encode())
 
 
+def write_of_many(path: pathlib.Path, about: Mapping[str, Any]) -> None:
+    """Writes what is said of many runs together, such as a sweep: `about`, and how they came."""
+    facts = {**about, **invocation(), "versions": versions(), "commit": commit()}
+    facts["platform"] = platform.platform()
+    checkpoint.write_atomically(path, json.dumps(facts, indent=2).encode())
+
+
 def invocation() -> dict[str, Any]:
     """The command of this process, the folder it was given in, and variables that bear on it."""
     names = ("SOFTPROMPT_DATA_DIR", "JAX_PLATFORMS", "XLA_FLAGS", "CUDA_VISIBLE_DEVICES")

@@ -1,6 +1,6 @@
-"""`report.html`: what a run or a sweep came to, on one page that needs nothing else.
+"""`report.html`: what a run, or many together, came to, on one page that needs nothing else.
 
-A report is made from the files that a run or a sweep leaves, so `softprompt report FOLDER` makes it
+A report is made from the files that they leave, so `softprompt report FOLDER` makes it
 again at any time. How a page looks is `page`'s concern; texts of models and data are escaped there.
 """
 
@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from softprompt import analysis, checkpoint, hosts, page, report_sweep, runs
+from softprompt import analysis, checkpoint, hosts, page, report_many, runs
 from softprompt.backbone import Backbone
 from softprompt.logbook import say, size
 from softprompt.page import Html, tag
 from softprompt.runs import Predictions, Run
 
-NAME = report_sweep.REPORT
+NAME = report_many.REPORT
 # Predictions shown: the wrong ones at once, more of them and the right ones on a click.
 AT_ONCE, WRONG, RIGHT = 15, 200, 40
 # Characters shown of one text.
@@ -61,16 +61,20 @@ def write(folder: str | os.PathLike, words: analysis.Words | None = None) -> pat
     """Writes `report.html` (and for a run with curves `curves.png`) into a folder.
 
     Args:
-      folder: of a run or a sweep.
+      folder: of a run, or of many: a sweep, a transfer, a population.
       words: where the prompt's nearest tokens are looked for; None takes those found before, or
         the embedded backbone's for a prompt of its.
 
     Raises:
-      ValueError: the folder is that of neither a run nor a sweep.
+      ValueError: the folder is that of none of these.
     """
     folder = pathlib.Path(folder)
-    if (folder / "results.csv").is_file():
-        text = report_sweep.sweep_page(folder)
+    if (folder / "transfer.json").is_file():
+        text = report_many.transfer_page(folder)
+    elif (folder / "results.csv").is_file():
+        text = report_many.sweep_page(folder)
+    elif (folder / "population.csv").is_file():
+        text = report_many.population_page(folder)
     else:
         found = runs.read(folder, words)
         if curves := [c for c in _curves(found) if any(c[1].values())]:
@@ -138,6 +142,8 @@ def _run_page(found: Run) -> str:
         sections["Learning curves"] = page.join(tag("div", *charts, class_="charts"), _rates(found))
     if found.evaluations:
         sections["Metrics"] = _metrics(found)
+    if found.ensembles:
+        sections["Ensemble"] = page.join(*(_votes(*one) for one in found.ensembles.items()))
     if found.predictions:
         sections["Predictions"] = page.join(*(_of_task(p, found) for p in found.predictions))
     if found.portrait:
@@ -148,6 +154,8 @@ def _run_page(found: Run) -> str:
     sections["Environment"] = _environment(facts)
     length = facts.get("prompt_length")
     what = [str(facts["backbone"])] if "backbone" in facts else []
+    if found.ensembles:
+        what.append(f"{len(facts.get('ensemble', ()))} prompts that vote")
     if length:
         what.append(f"prompt of {length} vectors")
     for name in ("method", "split", "initialisation", "seed"):
@@ -216,13 +224,39 @@ def _metrics(found: Run) -> Html:
     )
 
 
+def _votes(task: str, facts: Mapping[str, Any]) -> Html:
+    """Each prompt, average, best and ensemble: the columns of the paper's table 3."""
+    rows = [*zip(facts["names"], facts["prompts"], strict=True)]
+    rows += [("average", facts["average"]), ("best", facts["prompts"][facts["best"]])]
+    rows += [("ensemble, majority vote", facts["ensemble"])]
+    if facts["mean_probability"] is not None:
+        rows += [("ensemble, mean probability", facts["mean_probability"])]
+    names = list(facts["average"])
+    cells = [[name, *(float(figures[k]) for k in names)] for name, figures in rows]
+    said = [f"{facts['agreement']:.1f}% of the prompts stand behind a vote on the average."]
+    for of, share in (("unanimous", "right_if_unanimous"), ("divided", "right_if_divided")):
+        if facts[share] is not None:
+            part = facts["unanimous"] if of == "unanimous" else 100 - facts["unanimous"]
+            said.append(f"{part:.1f}% of the votes are {of}; {facts[share]:.1f}% of those right.")
+    if "examples_per_second" in facts:
+        one, many = facts["examples_per_second"], facts["examples_per_second_separately"]
+        said.append(f"{one:,.1f} examples/s together, {many:,.1f} in separate runs.")
+    listed = page.table(("prompt", *names), cells, f"ensemble on {task}")
+    return page.join(tag("h3", task), listed, tag("p", " ".join(said), class_="note"))
+
+
 def _cut(text: Any) -> str:
     text = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
     return text if len(text) <= LONGEST else f"{text[:LONGEST]} … ({len(text):,} characters)"
 
 
 def probabilities(row: Mapping[str, Any]) -> dict[str, float]:
-    """Of each label, from its log-likelihood: their softmax; empty where labels were not ranked."""
+    """Of each label: the mean over an ensemble, else the softmax of its log-likelihoods.
+
+    Empty where labels were not ranked.
+    """
+    if "mean_probability" in row:
+        return row["mean_probability"]
     scores = row.get("scores") or {}
     if not scores:
         return {}
@@ -231,13 +265,15 @@ def probabilities(row: Mapping[str, Any]) -> dict[str, float]:
     return dict(zip(scores, (shares / shares.sum()).tolist(), strict=True))
 
 
+def confidence(row: Mapping[str, Any]) -> float:
+    """The share of an ensemble's prompts behind a vote, else the likeliest label's probability."""
+    return row.get("agreement", max(probabilities(row).values(), default=0.0))
+
+
 def _of_task(found: Predictions, of: Run) -> Html:
     rows = found.rows
     wrong = [r for r in rows if r["prediction"] != r["target"]]
     right = [r for r in rows if r["prediction"] == r["target"]]
-
-    def confidence(row: Mapping[str, Any]) -> float:
-        return max(probabilities(row).values(), default=0.0)
 
     wrong.sort(key=confidence, reverse=True)
     right.sort(key=confidence)
@@ -256,7 +292,7 @@ def _of_task(found: Predictions, of: Run) -> Html:
         parts.append(_illegal(rows, found.labels))
         if len(found.labels) <= CLASSES:
             parts.append(_confusion(rows, found.labels))
-    ranked = any(r.get("scores") for r in rows)
+    ranked = any(r.get("scores") or "agreement" in r for r in rows)
     parts.append(tag("h3", "Wrong predictions", ", the surest first" if ranked else ""))
     shown, more = wrong[:AT_ONCE], wrong[AT_ONCE:]
     parts.append(
@@ -287,7 +323,7 @@ def _rows(rows, ranked: bool, labels: Sequence[str] | None, title: str) -> Html:
         if ranked:
             shares = probabilities(row)
             told = "  ".join(f"{k} {v:.3f}" for k, v in shares.items())
-            sure = f"{100 * max(shares.values(), default=0):.0f}%"
+            sure = f"{100 * confidence(row):.0f}%"
             cells.append(tag("span", sure, title=told))
             target = shares.get(row["target"])
             cells.append("–" if target is None else f"{100 * target:.0f}%")

@@ -48,6 +48,7 @@ class Run:
       train, evaluations: figures by step.
       weights: what was trained.
       portrait: what `analysis.analyse` says of the best prompt.
+      ensembles: `voting.Report` of every task, where prompts voted.
     """
 
     folder: pathlib.Path
@@ -58,6 +59,7 @@ class Run:
     weights: Weights
     predictions: Sequence[Predictions]
     portrait: Mapping[str, Any] | None
+    ensembles: Mapping[str, Mapping[str, Any]]
 
 
 def json_lines(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -98,7 +100,17 @@ def read(folder: pathlib.Path, words: analysis.Words | None = None) -> Run:
     if not facts and portrait:
         facts = dict(portrait["prompts"][0]["metadata"])
     weights = read_weights(folder)
-    if not trains and facts.get("task"):
+    ensembles = _ensembles(folder, files)
+    if ensembles and not trains:
+        several = len(ensembles) > 1
+        evaluations = [
+            {
+                (f"{task}/" if several else "") + name: value
+                for task, found in ensembles.items()
+                for name, value in found["ensemble"].items()
+            }
+        ]
+    elif not trains and facts.get("task"):
         # An evaluation leaves its figures without a step.
         figures = json_object(folder / f"{facts['task']}.json")
         evaluations = [figures] if figures else []
@@ -112,7 +124,14 @@ def read(folder: pathlib.Path, words: analysis.Words | None = None) -> Run:
         weights,
         _predictions(files, trains, weights.best_step, facts.get("labels") or {}),
         portrait,
+        ensembles,
     )
+
+
+def _ensembles(folder: pathlib.Path, files: Sequence[pathlib.Path]) -> dict[str, dict[str, Any]]:
+    """What an evaluation of an ensemble said of each task that it left predictions of."""
+    found = {path.stem: json_object(folder / f"{path.stem}.json") for path in files}
+    return {task: facts for task, facts in found.items() if "ensemble" in facts}
 
 
 def read_weights(folder: pathlib.Path) -> Weights:

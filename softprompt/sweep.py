@@ -331,14 +331,8 @@ def write(spec: Spec, outcomes: Sequence[Outcome]) -> str:
     text = table(spec, found)
     checkpoint.write_atomically(spec.folder / "table.md", text.encode())
     plot(spec, found, spec.folder / "plot.png")
-    about = {
-        "title": spec.title,
-        "axis": spec.axis,
-        "planned": sum(1 for _ in runs(spec)),
-        "versions": provenance.versions(),
-        **provenance.invocation(),
-    }
-    checkpoint.write_atomically(spec.folder / "sweep.json", json.dumps(about, indent=2).encode())
+    about = {"title": spec.title, "axis": spec.axis, "planned": sum(1 for _ in runs(spec))}
+    provenance.write_of_many(spec.folder / "sweep.json", about)
     report.attempt(spec.folder)
     return text
 

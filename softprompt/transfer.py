@@ -14,8 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from softprompt import checkpoint, config, data, sweep
+from softprompt import checkpoint, config, data, provenance, report, sweep
 from softprompt.logbook import duration, say
+from softprompt.report import NAME as REPORT
 from softprompt.settings import import_modules
 
 # What an evaluation takes over from the training, by its own names.
@@ -112,7 +113,8 @@ def transfer(
     """Runs what is not finished yet, and writes results after every training's evaluations.
 
     Writes `results.csv` (a row per figure and seed), `summary.csv` and `table.md` (mean and sample
-    standard deviation over seeds) to TRANSFER_DIR. Returns False if SIGTERM stopped it.
+    standard deviation over seeds) and `report.html` to TRANSFER_DIR. Returns False if SIGTERM
+    stopped it.
     """
     config.parse(files, bindings, search_paths, complete=False)
     spec = read(config.macros())
@@ -142,7 +144,7 @@ def transfer(
                 figures |= dict.fromkeys(evaluated(run, target, spec.split, macros))
         write(spec, list(figures))
     say(write(spec, list(figures)))
-    say(f"{len(planned)} trainings in {spec.folder}: results.csv, summary.csv, table.md")
+    say(f"{len(planned)} trainings in {spec.folder}: results.csv, summary.csv, table.md, {REPORT}")
     return True
 
 
@@ -207,6 +209,9 @@ def write(spec: Spec, figures: Sequence[Figure]) -> str:
     checkpoint.write_atomically(spec.folder / "summary.csv", sweep.as_csv(header, rows))
     text = table(list(spec.methods), summary(figures))
     checkpoint.write_atomically(spec.folder / "table.md", text.encode())
+    title = f"Transfer from {', '.join(spec.sources)}"
+    provenance.write_of_many(spec.folder / "transfer.json", {"title": title})
+    report.attempt(spec.folder)
     return text
 
 

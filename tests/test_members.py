@@ -53,6 +53,11 @@ def test_members_are_ranked_and_seeds_averaged(tmp_path):
     # The sample deviation of 50 and 60 is 7.07.
     assert "| 0.1 | 55.00 ± 7.07 | 2 | rate0.1-seed1 |" in summary
     assert (tmp_path / "summary.md").read_text() == summary
+    page = (tmp_path / "report.html").read_text()
+    assert "55.00 ± 7.07" in page and "4 prompts over one backbone" in page
+    ranking = page[page.index('id="ranking"') :]
+    places = [ranking.index(f">rate{name}<") for name in ("0.3-seed0", "0.1-seed1", "0.1-seed0")]
+    assert places == sorted(places)
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import softprompt
-from softprompt import checkpoint
+from softprompt import checkpoint, predict
 from softprompt.__main__ import main
 
 MODEL = "--gin_file=models/t5_1_1_embedded.gin"
@@ -80,9 +80,23 @@ def test_eval_takes_many_prompts_and_reads_each_once(tmp_path, files, capsys, mo
     assert len(report["prompts"]) == 3 and report["examples_per_second"] > 0
     votes = (tmp_path / "predictions" / "user_task.jsonl").read_text().splitlines()
     assert [len(json.loads(line)["votes"]) for line in votes] == [3] * 4
+    assert report["names"] == ["a.safetensors", "b.safetensors", "c.safetensors"]
+    page = (tmp_path / "report.html").read_text()
+    assert "3 prompts that vote" in page and "ensemble, majority vote" in page
+    assert "examples/s together" in page and "prompts stand behind a vote" in page
     for value, message in (
         ("['/no/*.safetensors']", "PROMPT_FILES: no file fits the pattern '/no/*.safetensors'"),
         (f"['{files}/a.safetensors']", "PROMPT_FILES names 1 files, expected two or more"),
     ):
         assert main([*command, f"--gin.PROMPT_FILES={value}"]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("files, names", [
+    (["runs/a/best.npy", "runs/b/best.npy"], ["a", "b"]),
+    (["x/a.npy", "y/z/b.npy"], ["x/a.npy", "y/z/b.npy"]),
+    (["p", "p/q"], ["p", "p/q"]),
+    (["p", "p"], ["p", "p"]),
+])  # fmt: skip
+def test_prompts_are_named_by_what_tells_their_paths_apart(files, names):
+    assert predict._told_apart(files) == names

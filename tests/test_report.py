@@ -8,7 +8,7 @@ import shlex
 import numpy as np
 import pytest
 
-from softprompt import page, prompt, report, report_sweep, runs, sweep
+from softprompt import page, prompt, report, report_many, runs, sweep
 from softprompt.__main__ import main
 
 ATTACK = "<script>alert(1)</script>"
@@ -356,4 +356,4 @@ def test_texts_and_lines_stand_out_from_their_ground(dark):
 
 
 def test_a_reports_name_is_the_one_that_sweeps_link_to():
-    assert report.NAME == report_sweep.REPORT == "report.html"
+    assert report.NAME == report_many.REPORT == "report.html"

@@ -1,0 +1,210 @@
+"""The reports of a sweep, a transfer, a population: tables, plots, links to runs' own reports."""
+
+import csv
+import json
+import math
+import pathlib
+import re
+import urllib.parse
+from typing import Any
+
+from softprompt import page
+from softprompt.logbook import size
+from softprompt.page import Html, tag
+from softprompt.runs import command_line, json_lines, json_object, read_weights
+
+REPORT = "report.html"
+FILES = ("table.md", "summary.md", "population.csv", "results.csv", "summary.csv", "plot.png")
+# Members of a population whose curves are drawn, the best ones.
+DRAWN = page.SERIES
+
+
+def _csv(path: pathlib.Path) -> list[dict[str, str]]:
+    if not path.is_file():
+        return []
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def sweep_page(folder: pathlib.Path) -> str:
+    facts = json_object(folder / "sweep.json")
+    results, means = _csv(folder / "results.csv"), _csv(folder / "summary.csv")
+    columns = list(dict.fromkeys(row["task"] for row in means))
+    points = list(dict.fromkeys(row["point"] for row in means))
+    lines = list(dict.fromkeys(row["line"] for row in means))
+    cells = {(r["line"], r["point"], r["task"]): r for r in means}
+    axis = facts.get("axis") or "point"
+    sections: dict[str, Html] = {
+        "Scores": _sweep_table(cells, lines, points, columns, axis),
+        "Plot": _sweep_plot(cells, lines, points, columns, axis, facts.get("title") or "Score"),
+        "Runs": _sweep_runs(folder, results),
+    }
+    seeds = len({row["seed"] for row in results})
+    planned = f" of {facts['planned']:,}" if facts.get("planned") else ""
+    told = f"{len(results):,}{planned} runs; points: {len(points)}, seeds: {seeds}"
+    return _page(folder, facts.get("title") or folder.name, told, sections, facts)
+
+
+def _page(
+    folder: pathlib.Path, title: str, told: str, sections: dict[str, Html], facts: dict[str, Any]
+) -> str:
+    """A page of these sections, with links to the folder's tables, and how it was made."""
+    links = [tag("li", tag("a", name, href=name)) for name in FILES if (folder / name).is_file()]
+    last = list(sections)[-1]
+    sections[last] = page.join(sections[last], tag("p", "Also in this folder:"), tag("ul", *links))
+    if line := command_line(facts):
+        sections["Reproduce"] = tag("pre", line, class_="wrap")
+    shown = {k: facts[k] for k in ("versions", "commit", "platform", "devices") if facts.get(k)}
+    if shown:
+        sections["Environment"] = page.values(shown, "environment")
+    return page.document(title, told, "", sections, str(folder))
+
+
+def _linked(folder: pathlib.Path, place: pathlib.PurePosixPath, text: str) -> Any:
+    """The text, as a link to the report of the run in a place of the folder if it has one."""
+    if not (folder / place / REPORT).is_file():
+        return text
+    return tag("a", text, href=urllib.parse.quote(str(place / REPORT)))
+
+
+def _sweep_table(cells, lines, points, columns, axis: str) -> Html:
+    best: dict[str, float] = {}
+    for (_, _, task), cell in cells.items():
+        if not math.isnan(mean := float(cell["mean"])):
+            best[task] = max(mean, best.get(task, mean))
+    named, rows = any(lines), []
+    for line in lines:
+        for point in points:
+            row: list[Any] = [point, *([line] if named else [])]
+            for task in columns:
+                cell = cells.get((line, point, task))
+                text = "–"
+                if cell is not None:
+                    text = _spread(cell)
+                    if float(cell["mean"]) == best.get(task) and len(cells) > len(columns):
+                        text = tag("strong", text)
+                row.append(text)
+            rows.append(row)
+    header = [axis, *(["line"] if named else []), *columns]
+    note = "Mean ± sample standard deviation over seeds; the best of each column is bold."
+    return page.join(tag("p", note, class_="note"), page.table(header, rows, "scores"))
+
+
+def _sweep_plot(cells, lines, points, columns, axis: str, title: str) -> Html:
+    several = len(lines) > 1
+    curves = [(line, columns[-1], line) for line in lines] if several else None
+    curves = curves or [(lines[0], task, task) for task in columns] if lines else []
+    series: dict[str, list[page.Point]] = {}
+    for line, task, name in curves:
+        found = [(i, cells.get((line, point, task))) for i, point in enumerate(points)]
+        series[name] = [
+            (float(i), float(r["mean"]), float(r["standard_deviation"])) for i, r in found if r
+        ]
+    drawn = page.chart(series, title, axis, "score", places=points)
+    return tag("div", drawn, class_="charts")
+
+
+def _sweep_runs(folder: pathlib.Path, results) -> Html:
+    named, rows = any(row["line"] for row in results), []
+    for row in results:
+        names = [_folder_name(row[k]) for k in ("line", "point", "task") if row[k]]
+        place = pathlib.PurePosixPath("runs", *names, row["seed"])
+        title = _linked(folder, place, row["point"])
+        weights, figures = read_weights(folder / place), json.loads(row["figures"])
+        told = "  ".join(f"{k} {v:,.4g}" for k, v in figures.items()) or "diverged"
+        rows.append(
+            (title, *([row["line"]] if named else []), row["task"], row["seed"],
+             float(row["score"]), told, float(row["seconds"]), weights.trained or "–",
+             size(weights.stored) if weights.stored else "–")
+        )  # fmt: skip
+    header = ["point", *(["line"] if named else []), "task", "seed", "score", "figures", "seconds"]
+    header += ["trained parameters", "stored"]
+    return page.table(header, rows, "runs")
+
+
+# --- transfer -----------------------------------------------------------------------------------
+
+
+def transfer_page(folder: pathlib.Path) -> str:
+    """What was trained on sources and judged on targets, method beside method."""
+    facts = json_object(folder / "transfer.json")
+    results, means = _csv(folder / "results.csv"), _csv(folder / "summary.csv")
+    methods = list(dict.fromkeys(row["method"] for row in means))
+    cells = {(r["source"], r["target"], r["figure"], r["method"]): r for r in means}
+    rows = []
+    for key in dict.fromkeys((r["source"], r["target"], r["figure"]) for r in means):
+        own = [cells.get((*key, method)) for method in methods]
+        values = [math.nan if cell is None else float(cell["mean"]) for cell in own]
+        row = [*key, *("–" if cell is None else _spread(cell) for cell in own)]
+        rows.append([*row, *(f"{value - values[0]:+.1f}" for value in values[1:])])
+    later = methods[1:]
+    header = ["source", "target", "figure", *methods, *(f"Δ {name}" for name in later)]
+    note = (
+        "Trained on the source, judged on the target without further training. Mean ± sample "
+        "standard deviation over seeds"
+        + (f"; Δ is the difference to {methods[0]}." if later else ".")
+    )
+    runs = dict.fromkeys((r["method"], r["source"], r["seed"]) for r in results)
+    listed = [
+        (_linked(folder, pathlib.PurePosixPath("runs", *map(_folder_name, run)), run[0]), *run[1:])
+        for run in runs
+    ]
+    sections: dict[str, Html] = {
+        "Transfer": page.join(tag("p", note, class_="note"), page.table(header, rows, "scores")),
+        "Runs": page.table(("method", "source", "seed"), listed, "trainings"),
+    }
+    told = f"{len(listed):,} trainings; methods: {', '.join(methods)}"
+    return _page(folder, facts.get("title") or folder.name, told, sections, facts)
+
+
+def _folder_name(text: str) -> str:
+    return re.sub(r"[^\w.+-]+", "_", text)
+
+
+def _spread(cell: dict[str, str]) -> str:
+    mean, spread = float(cell["mean"]), float(cell["standard_deviation"])
+    if math.isnan(mean):
+        return "diverged"
+    return f"{mean:.1f}\u00a0±\u00a0{spread:.1f}" if int(cell["seeds"]) > 1 else f"{mean:.1f}"
+
+
+# --- populations --------------------------------------------------------------------------------
+
+
+def population_page(folder: pathlib.Path) -> str:
+    """The ranking of a population's prompts, and the curves of the best of every task."""
+    facts = json_object(folder / "population.json")
+    members = _csv(folder / "population.csv")
+    unlike = [k for k in members[0] if k not in ("rank", "name", "score", "figures")]
+    unlike = [k for k in unlike if len({member[k] for member in members}) > 1]
+    rows = []
+    for member in members:
+        figures = json.loads(member["figures"])
+        told = "  ".join(f"{k} {v:,.4g}" for k, v in figures.items()) or "–"
+        name = _linked(folder, pathlib.PurePosixPath(member["name"]), member["name"])
+        score = float(member["score"])
+        shown = "–" if math.isnan(score) else f"{score:.2f}"
+        rows.append([name, int(member["rank"]), shown, *(member[k] for k in unlike), told])
+    ranking = page.table(["prompt", "rank", "score", *unlike, "figures"], rows, "ranking")
+    sections: dict[str, Html] = {}
+    if facts.get("summary"):
+        note = "Mean ± sample standard deviation over seeds of equal settings."
+        listed = page.table(facts["header"], facts["summary"], "scores of settings")
+        sections["Settings"] = page.join(tag("p", note, class_="note"), listed)
+    sections["Ranking"] = ranking
+    charts = []
+    tasks = [member.get("mixture_or_task_name", "") for member in members]
+    for task in dict.fromkeys(tasks):
+        best = [m["name"] for m, of in zip(members, tasks, strict=True) if of == task][:DRAWN]
+        curves = {name: _losses(folder / name) for name in best}
+        if any(curves.values()):
+            charts.append(page.chart(curves, f"Training loss: {task}", "step", "nats"))
+    if charts:
+        sections["Learning curves"] = tag("div", *charts, class_="charts")
+    told = f"{len(members):,} prompts over one backbone"
+    return _page(folder, f"Population {folder.name}", told, sections, facts)
+
+
+def _losses(folder: pathlib.Path) -> list[page.Point]:
+    rows = json_lines(folder / "train.jsonl")
+    return [(row["step"], row["loss"], 0.0) for row in rows if "loss" in row]
