@@ -55,17 +55,18 @@ def _import_tensorflow() -> None:
     """Imports what reads data, with native libraries' start-up lines kept off the terminal.
 
     They are written to the file descriptor itself before any level can be set. What was written is
-    shown after all if the import fails. Keras, which TensorFlow Text imports, would import
-    scikit-learn and matplotlib if it found them: a third of the time, for nothing here.
+    shown after all if the import fails. Keras, which TensorFlow imports, would import scikit-learn
+    and matplotlib if it found them: a third of the time, for nothing here.
     """
-    with tempfile.TemporaryFile() as held, _without("sklearn", "matplotlib"):
+    with tempfile.TemporaryFile() as held:
         sys.stderr.flush()
         terminal = os.dup(2)
         os.dup2(held.fileno(), 2)
         failed = True
         try:
+            with _without("sklearn", "matplotlib"):
+                import tensorflow as tf
             import seqio  # noqa: F401
-            import tensorflow as tf
 
             # TensorFlow only reads data here: leave the accelerators to JAX.
             tf.config.set_visible_devices([], "GPU")
