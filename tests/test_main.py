@@ -1,5 +1,6 @@
 """The command line end to end, the Python API, and the README's example."""
 
+import importlib
 import json
 import os
 import pathlib
@@ -12,7 +13,7 @@ import pytest
 
 import softprompt
 from softprompt import tree
-from softprompt.__main__ import main, split_gin
+from softprompt.__main__ import _without, main, split_gin
 
 ROOT = pathlib.Path(__file__).parent.parent
 MODEL = "--gin_file=models/t5_1_1_embedded.gin"
@@ -240,3 +241,13 @@ def test_a_sentinel_before_targets_is_remembered_by_the_prompt(tmp_path, rows, c
     first = (folder / "eval" / "predictions" / "user_task-3.jsonl").read_text()
     scores = [[json.loads(x)["scores"] for x in text.splitlines()] for text in (again, first)]
     np.testing.assert_allclose(*([list(s.values()) for s in found] for found in scores), atol=1e-4)
+
+
+def test_a_package_is_hidden_from_an_import_alone(tmp_path, monkeypatch):
+    (tmp_path / "some_extra.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    with _without("some_extra", "json"):
+        with pytest.raises(ImportError):
+            importlib.import_module("some_extra")
+        assert importlib.import_module("json") is json
+    assert importlib.import_module("some_extra").__name__ == "some_extra"
