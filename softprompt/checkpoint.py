@@ -161,6 +161,16 @@ def _hash(arrays: Mapping[str, np.ndarray]) -> str:
 # --- training checkpoints -----------------------------------------------------------------------
 
 
+def differences(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
+    """What two runs' settings, the first ones read from JSON, do not have in common, in words."""
+    ours = json.loads(json.dumps(ours))
+    return [
+        f"{name} was {stored.get(name)!r}, is now {ours.get(name)!r}"
+        for name in sorted({*stored, *ours})
+        if stored.get(name) != ours.get(name)
+    ]
+
+
 def _names(state: Any) -> tuple[list[str], list[Any], Any]:
     leaves, structure = jax.tree_util.tree_flatten_with_path(state)
     names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]

@@ -1,6 +1,7 @@
 """The binaries behind `softprompt train | eval | infer | baseline`, as gin files name them.
 
-Training, from gin's values to a run, is here; what predicts without it is in `predict`.
+Training, from gin's values to a run, is here; what predicts without it is in `predict` and
+`infer`.
 """
 
 import dataclasses
@@ -36,9 +37,10 @@ from softprompt import (
 from softprompt import train as training
 from softprompt.backbone import Backbone
 from softprompt.formats import Stored, native
+from softprompt.infer import infer
 from softprompt.inputs import Shared
 from softprompt.logbook import duration, say, size
-from softprompt.predict import baseline, eval, infer
+from softprompt.predict import baseline, eval
 from softprompt.settings import UserData, check_settings, load_tasks, use_vocabulary
 from softprompt.vocabulary import open_vocabulary
 

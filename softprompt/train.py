@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 import signal
@@ -529,13 +528,7 @@ def _beside(
 
 
 def _check_identity(stored: Mapping[str, Any], ours: Mapping[str, Any], model_dir: Any) -> None:
-    ours = json.loads(json.dumps(ours))
-    differ = [
-        f"{name} was {stored.get(name)!r}, is now {ours.get(name)!r}"
-        for name in sorted({*stored, *ours})
-        if stored.get(name) != ours.get(name)
-    ]
-    if differ:
+    if differ := checkpoint.differences(stored, ours):
         raise ValueError(
             f"MODEL_DIR {str(model_dir)!r} holds another run: {'; '.join(differ)}. Use another "
             f"MODEL_DIR, or give the same settings to go on"

@@ -1,5 +1,6 @@
 """The command line end to end, the Python API, and the README's example."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 import softprompt
-from softprompt import tree
+from softprompt import evaluation, tree
 from softprompt.__main__ import _without, main, split_gin
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -80,6 +81,36 @@ def test_a_data_set_of_ones_own_goes_through_flags_alone(tmp_path, rows, capsys)
         "a grim film",
     ]
     assert all(r["prediction"] in ("good", "bad") for r in found)
+
+
+def test_predictions_go_on_where_they_stopped_but_not_with_other_settings(
+    tmp_path, rows, capsys, monkeypatch
+):
+    infer = ["infer", MODEL, "--gin_file=runs/prompt_infer.gin", "--labels=good,bad"]
+    infer += ["--template=review: {body}", f"--gin.INPUT_FILE={rows}", "--gin.PROMPT_FILE=None"]
+    out, again = tmp_path / "out.jsonl", [*infer, f"--gin.OUTPUT_FILE={tmp_path}/again.jsonl"]
+    assert main([*infer, f"--gin.OUTPUT_FILE={out}"]) == 0
+    whole, predict = out.read_bytes(), evaluation.Predictor.predict_mixed
+
+    def stop_at_the_third(self, flat, examples, which, labels):
+        if len(list(tmp_path.glob("*.partial"))[0].read_bytes()):
+            raise KeyboardInterrupt
+        return predict(self, flat, examples, which, labels)
+
+    monkeypatch.setattr("softprompt.infer.CHUNK", 2)
+    monkeypatch.setattr(evaluation.Predictor, "predict_mixed", stop_at_the_third)
+    with contextlib.suppress(KeyboardInterrupt):
+        main(again)
+    monkeypatch.setattr(evaluation.Predictor, "predict_mixed", predict)
+    # And in the middle of the line after those.
+    with open(tmp_path / "again.jsonl.partial", "ab") as file:
+        file.write(b'{"body":')
+    assert main([*again, "--gin.SEED=1"]) == 2
+    said = capsys.readouterr().err
+    assert "holds 2 predictions of another run: seed was 0, is now 1" in said
+    assert main(again) == 0
+    assert (tmp_path / "again.jsonl").read_bytes() == whole
+    assert not list(tmp_path.glob("again.jsonl.*"))
 
 
 def test_packed_rows_of_a_length_that_was_found_train_by_the_loss_among_labels(

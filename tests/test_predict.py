@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import softprompt
-from softprompt import checkpoint, predict
+from softprompt import banks, checkpoint
 from softprompt.__main__ import main
 
 MODEL = "--gin_file=models/t5_1_1_embedded.gin"
@@ -99,4 +99,4 @@ def test_eval_takes_many_prompts_and_reads_each_once(tmp_path, files, capsys, mo
     (["p", "p"], ["p", "p"]),
 ])  # fmt: skip
 def test_prompts_are_named_by_what_tells_their_paths_apart(files, names):
-    assert predict._told_apart(files) == names
+    assert banks.told_apart(files) == names
