@@ -53,6 +53,7 @@ def read(
 ) -> list[Named]:
     """The prompts in files or in the folders of runs (their best one), all of one width.
 
+    Of a deep prompt the rows of the input layer, which stand among token embeddings, are taken.
     What a prompt started from is `initial` or, beside it, `initial.safetensors` of the same shape,
     as a run leaves it.
 
@@ -64,12 +65,14 @@ def read(
         where = pathlib.Path(path)
         if (best := where / "prompts" / "best.safetensors").is_file():
             where = best
-        array, metadata = prompts.read(where if "://" not in str(path) else path)
+        array, deep, metadata = prompts.read_deep(where if "://" not in str(path) else path)
+        if deep is not None:
+            metadata = {**metadata, "prompt_depth": len(deep) + 1}
         beside = where.parent / "initial.safetensors"
         start = initial
         if start is None and where.suffix == ".safetensors" and beside.is_file():
             start = beside
-        first = None if start is None else prompts.read(start)[0]
+        first = None if start is None else prompts.read_deep(start)[0]
         if first is not None and first.shape != array.shape:
             if initial is not None:
                 raise ValueError(

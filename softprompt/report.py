@@ -360,6 +360,9 @@ def _confusion(rows, labels: Sequence[str]) -> Html:
 def _prompt(facts: Mapping[str, Any]) -> Html:
     [prompt, *_] = facts["prompts"]
     parts: list[Any] = []
+    if (depth := prompt["metadata"].get("prompt_depth", 1)) > 1:
+        told = f"A deep prompt of {depth} layers: shown are the rows of the input layer."
+        parts.append(tag("p", told, class_="note"))
     if "drift" in prompt:
         l2, cosine = prompt["drift"]["l2"], prompt["drift"]["cosine"]
         parts.append(

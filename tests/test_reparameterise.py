@@ -249,6 +249,8 @@ def test_the_commands_train_count_evaluate_and_infer(tiny_folder, tmp_path, caps
     said = capsys.readouterr().out
     before, after = re.search("fingerprint before (.*), after (.*)", said).groups()
     assert before == after
+    assert "could not be written" not in said
+    assert "A deep prompt of 2 layers" in (run / "report.html").read_text()
     facts = json.loads((run / "run.json").read_text())
     network = width * 5 + 5 + 5 * width + width + 2 * width
     assert facts["trainable_parameters"] == 2 * 3 * width + network
