@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pathlib
+import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +14,8 @@ import numpy as np
 from softprompt import analysis, checkpoint
 from softprompt.similarity import unit
 
+# Characters of a title, or of a name beside a heat map, in a column of the picture.
+TITLE_WIDTH = 34
 # Tokens are written beside positions up to this length.
 NAMED_POSITIONS = 40
 # Prompts that get a row of their own in the picture; the similarities show all.
@@ -109,8 +112,8 @@ def draw(found: Sequence[analysis.Named], facts: Mapping[str, Any]) -> bytes:
             "best_match": "mean cosine with the best-matching position",
             "mean_position": "mean cosine over all pairs of positions",
         }
-        for ax, (kind, title) in zip(axes[0], titles.items(), strict=True):
-            _heatmap(figure, ax, facts["similarity"], kind, title)
+        for i, (kind, title) in enumerate(titles.items()):
+            _heatmap(figure, axes[0][i], facts["similarity"], kind, title, named=i == 0)
     for own, prompt, entry in zip(axes[several:], found, facts["prompts"], strict=False):
         _cosines(figure, own[0], prompt)
         _by_position(own[1], prompt, entry)
@@ -128,24 +131,33 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def _heatmap(figure, ax, facts: Mapping[str, Any], kind: str, title: str) -> None:
-    names, matrix = [_plain(n) for n in facts["names"]], np.array(facts[kind])
+def _titled(ax, title: str, **labels: Any) -> None:
+    """Sets a title that is broken where its column ends, and labels of axes."""
+    ax.set_title(textwrap.fill(title, TITLE_WIDTH), fontsize="medium")
+    ax.set(**labels)
+
+
+def _heatmap(figure, ax, facts: Mapping[str, Any], kind: str, title: str, named: bool) -> None:
+    matrix, numbers = np.array(facts[kind]), [str(i) for i in range(len(facts["names"]))]
+    short = [n if len(n) <= TITLE_WIDTH else f"…{n[1 - TITLE_WIDTH :]}" for n in facts["names"]]
+    names = [f"{_plain(n)}  {i}" for n, i in zip(short, numbers, strict=True)]
     image = ax.imshow(matrix, vmin=min(0.0, matrix.min()), vmax=1.0, cmap="viridis")
-    ax.set_xticks(range(len(names)), names, rotation=30, ha="right")
-    ax.set_yticks(range(len(names)), names)
+    ax.set_xticks(range(len(names)), numbers)
+    # The names stand beside the first of the three alone, which needs no more room then.
+    ax.set_yticks(range(len(names)), names if named else numbers, fontsize="small")
     if len(names) <= 12:
         middle = (1 + min(0.0, matrix.min())) / 2
         for (i, j), value in np.ndenumerate(matrix):
             color = "black" if value > middle else "white"
             ax.text(j, i, f"{value:.2f}", ha="center", va="center", color=color, fontsize="small")
-    ax.set_title(title)
+    _titled(ax, title)
     figure.colorbar(image, ax=ax, shrink=0.8)
 
 
 def _cosines(figure, ax, prompt: analysis.Named) -> None:
     rows = unit(prompt.array)
     image = ax.imshow(rows @ rows.T, vmin=-1, vmax=1, cmap="RdBu_r")
-    ax.set(title=f"{_plain(prompt.name)}: cosines between positions", xlabel="position")
+    _titled(ax, f"{_plain(prompt.name)}: cosines between positions", xlabel="position")
     ax.yaxis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, ax=ax, shrink=0.8)
 
@@ -156,7 +168,7 @@ def _by_position(ax, prompt: analysis.Named, entry: Mapping[str, Any]) -> None:
     if prompt.initial is not None:
         ax.plot(places, np.linalg.norm(prompt.initial, axis=1), ".--", label="norm at the start")
         ax.plot(places, [p["drift"]["l2"] for p in entry["positions"]], ".-", label="drift (L2)")
-    ax.set(title=f"{_plain(prompt.name)}: vectors", xlabel="position", ylim=(0, None))
+    _titled(ax, f"{_plain(prompt.name)}: vectors", xlabel="position", ylim=(0, None))
     ax.legend(fontsize="small")
     ax.grid(alpha=0.3)
 
@@ -173,5 +185,5 @@ def _nearest(ax, entry: Mapping[str, Any], metric: str) -> None:
     if len(values) <= NAMED_POSITIONS:
         names = [_plain(p["neighbours"][0]["token"]) for p in positions]
         ax.set_yticks(range(len(names)), names, fontsize="small")
-    ax.set(title=f"{_plain(entry['name'])}: nearest token", xlabel=metric)
+    _titled(ax, f"{_plain(entry['name'])}: nearest token", xlabel=metric)
     ax.grid(alpha=0.3, axis="x")
