@@ -136,7 +136,8 @@ def transfer_page(folder: pathlib.Path) -> str:
         own = [cells.get((*key, method)) for method in methods]
         values = [math.nan if cell is None else float(cell["mean"]) for cell in own]
         row = [*key, *("–" if cell is None else _spread(cell) for cell in own)]
-        rows.append([*row, *(f"{value - values[0]:+.1f}" for value in values[1:])])
+        apart = [value - values[0] for value in values[1:]]
+        rows.append([*row, *("–" if math.isnan(x) else f"{x:+.1f}" for x in apart)])
     later = methods[1:]
     header = ["source", "target", "figure", *methods, *(f"Δ {name}" for name in later)]
     note = (
@@ -196,8 +197,8 @@ def population_page(folder: pathlib.Path) -> str:
     tasks = [member.get("mixture_or_task_name", "") for member in members]
     for task in dict.fromkeys(tasks):
         best = [m["name"] for m, of in zip(members, tasks, strict=True) if of == task][:DRAWN]
-        curves = {name: _losses(folder / name) for name in best}
-        if any(curves.values()):
+        curves = {name: line for name in best if (line := _losses(folder / name))}
+        if curves:
             charts.append(page.chart(curves, f"Training loss: {task}", "step", "nats"))
     if charts:
         sections["Learning curves"] = tag("div", *charts, class_="charts")

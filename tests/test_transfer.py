@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
@@ -59,6 +60,7 @@ def test_the_table_has_means_deviations_and_differences(tmp_path):
         first = next(csv.DictReader(file))
     assert (first["mean"], first["standard_deviation"], first["seeds"]) == ("81.00", "1.41", "2")
     page = (tmp_path / "report.html").read_text()
+    assert "nan" not in re.sub("<style>.*?</style>", "", page, flags=re.DOTALL)
     assert "81.0\u00a0±\u00a01.4" in page and ">-9.0<" in page and ">50.0<" in page
     three = transfer.table(["a", "b", "c"], {("s", "t", "f"): {"a": [1.0], "b": [2.0], "c": [0.0]}})
     assert "Δ b | Δ c |" in three and "| +1.0 | -1.0 |" in three
