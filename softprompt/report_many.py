@@ -107,7 +107,7 @@ def _sweep_plot(cells, lines, points, columns, axis: str, title: str) -> Html:
 def _sweep_runs(folder: pathlib.Path, results) -> Html:
     named, rows = any(row["line"] for row in results), []
     for row in results:
-        names = [_folder_name(row[k]) for k in ("line", "point", "task") if row[k]]
+        names = [folder_name(row[k]) for k in ("line", "point", "task") if row[k]]
         place = pathlib.PurePosixPath("runs", *names, row["seed"])
         title = _linked(folder, place, row["point"])
         weights, figures = read_weights(folder / place), json.loads(row["figures"])
@@ -147,7 +147,7 @@ def transfer_page(folder: pathlib.Path) -> str:
     )
     runs = dict.fromkeys((r["method"], r["source"], r["seed"]) for r in results)
     listed = [
-        (_linked(folder, pathlib.PurePosixPath("runs", *map(_folder_name, run)), run[0]), *run[1:])
+        (_linked(folder, pathlib.PurePosixPath("runs", *map(folder_name, run)), run[0]), *run[1:])
         for run in runs
     ]
     sections: dict[str, Html] = {
@@ -158,7 +158,8 @@ def transfer_page(folder: pathlib.Path) -> str:
     return _page(folder, facts.get("title") or folder.name, told, sections, facts)
 
 
-def _folder_name(text: str) -> str:
+def folder_name(text: str) -> str:
+    """The name of a run's folder for a method, point or task, which may hold any character."""
     return re.sub(r"[^\w.+-]+", "_", text)
 
 

@@ -24,6 +24,7 @@ import numpy as np
 from softprompt import checkpoint, config, data, launch, page, provenance, report
 from softprompt import train as training
 from softprompt.logbook import duration, say
+from softprompt.report_many import folder_name
 
 BINARIES = ("train", "baseline")
 # The macro that names a binary's output folder.
@@ -140,7 +141,7 @@ def runs(spec: Spec) -> Iterator[Run]:
         for task, of_task in spec.tasks.items():
             for point, of_point in spec.points.items():
                 for line, of_line in spec.lines.items():
-                    names = [re.sub(r"[^\w.+-]+", "_", n) for n in (line, point, task) if n]
+                    names = [folder_name(n) for n in (line, point, task) if n]
                     folder = spec.folder.joinpath("runs", *names, str(seed))
                     settings = [*of_line, *of_point, f"MIXTURE_OR_TASK_NAME={task}", *of_task]
                     settings += [f"SEED={seed}"]

@@ -7,7 +7,6 @@ is kept; an interrupted training goes on from its checkpoint.
 
 import dataclasses
 import pathlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 from softprompt import checkpoint, config, data, provenance, report, sweep
 from softprompt.logbook import duration, say
 from softprompt.report import NAME as REPORT
+from softprompt.report_many import folder_name
 from softprompt.settings import import_modules
 
 # What an evaluation takes over from the training, by its own names.
@@ -97,12 +97,10 @@ def runs(spec: Spec) -> Iterator[sweep.Run]:
         for source in spec.sources:
             for method, own in spec.methods.items():
                 settings = [f"MIXTURE_OR_TASK_NAME={source}", *own, f"SEED={seed}", "BINARY=train"]
-                folder = spec.folder.joinpath("runs", _name(method), _name(source), str(seed))
+                folder = spec.folder.joinpath(
+                    "runs", folder_name(method), folder_name(source), str(seed)
+                )
                 yield sweep.Run(method, "", source, seed, settings, folder)
-
-
-def _name(text: str) -> str:
-    return re.sub(r"[^\w.+-]+", "_", text)
 
 
 def transfer(
@@ -173,7 +171,7 @@ def evaluated(run: sweep.Run, target: str, split: str, macros: Mapping[str, Any]
     if backbone.exists():
         settings["INITIAL_CHECKPOINT_PATH"] = str(backbone)
     evaluation = dataclasses.replace(
-        run, point=f"evaluated on {target}", folder=run.folder / "transfer" / _name(target)
+        run, point=f"evaluated on {target}", folder=run.folder / "transfer" / folder_name(target)
     )
     settings["EVAL_OUTPUT_DIR"] = str(evaluation.folder)
     config.parse(EVAL_FILES, [(name, repr(value)) for name, value in settings.items()])
