@@ -385,8 +385,8 @@ def _transfer(planned: Plan, options: Options) -> Plan:
         runs=[f"{run}; evaluated on {', '.join(spec.targets)}" for run in runs],
         reduced=_reductions(options, ONE_SEED, *([RANKED] if ranked else []), *reduced),
         missing=missing, groups=groups,
-        done=[run.folder / "transfer" / transfer._name(t) / "result.json"
-              for run in runs for t in spec.targets],
+        done=[transfer.evaluation_folder(run, target) / "result.json"
+              for run in runs for target in spec.targets],
     )  # fmt: skip
 
 

@@ -158,6 +158,11 @@ def _check_tasks(spec: Spec, modules: str | Sequence[str] | None) -> None:
                     )
 
 
+def evaluation_folder(run: sweep.Run, target: str) -> pathlib.Path:
+    """Where the evaluation of a training on a target is kept."""
+    return run.folder / "transfer" / folder_name(target)
+
+
 def evaluated(run: sweep.Run, target: str, split: str, macros: Mapping[str, Any]) -> list[Figure]:
     """Figures of what a training left on a target, from its folder or by evaluating it now.
 
@@ -171,7 +176,7 @@ def evaluated(run: sweep.Run, target: str, split: str, macros: Mapping[str, Any]
     if backbone.exists():
         settings["INITIAL_CHECKPOINT_PATH"] = str(backbone)
     evaluation = dataclasses.replace(
-        run, point=f"evaluated on {target}", folder=run.folder / "transfer" / folder_name(target)
+        run, point=f"evaluated on {target}", folder=evaluation_folder(run, target)
     )
     settings["EVAL_OUTPUT_DIR"] = str(evaluation.folder)
     config.parse(EVAL_FILES, [(name, repr(value)) for name, value in settings.items()])
