@@ -20,7 +20,7 @@ declare -A width=([nano]=128 [embedded]=256 [mini]=512)
 declare -A steps=([nano]="2000 250" [embedded]="2000 250" [mini]="500 60")
 mkdir -p "$family"
 vocabulary=$family/spiece.model
-[ -f "$vocabulary" ] || softprompt vocabulary "$corpus"/train-*.jsonl* --output="$vocabulary"
+[ -f "$vocabulary" ] || softprompt vocabulary "$corpus"/train*.jsonl* --output="$vocabulary"
 
 for size in "$@"; do
   read -r pretrain lm <<<"${steps[$size]}"

@@ -6,7 +6,7 @@ For each batch size a process of its own compiles the train step, makes random w
 steps, and reads from the kernel by how much its resident memory rose at most (VmHWM, reset once the
 step is compiled, so that the compiler's own memory does not count).
 
-    python benchmarks/memory.py --table [--batch 8]
+    python benchmarks/memory.py --table --batch 8
 
 prints the dry run's figures alone, for T5 1.1 small to XXL with bfloat16 and int8 weights.
 """

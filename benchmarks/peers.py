@@ -11,6 +11,7 @@ written to --output as soon as it is measured; the same command goes on where it
 """
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -18,6 +19,7 @@ import math
 import os
 import pathlib
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -46,7 +48,10 @@ CASES = (
 )
 # What start, checkpoint and memory are measured with.
 LAYOUTS = {"peft": ("longest", "512"), "t5x": ("512", "128")}
-# What must import for a peer to be measured.
+# What a worker's figures are reported under.
+PEERS = {"peft": "PEFT", "t5x": "T5X"}
+# What must import for a side to be measured.
+OURS = ("jax", "flax", "softprompt.train", "softprompt.packing")
 PEFT = ("torch", "transformers", "peft")
 T5X = (
     "t5x.trainer",
@@ -59,20 +64,38 @@ T5X = (
     "prompt_tuning.train.utils",
 )
 IMPORT = """
-import importlib, sys
+import importlib, importlib.metadata, sys
 for name in sys.argv[1:]:
     try:
         importlib.import_module(name)
     except Exception as error:
-        sys.exit(f"{name} does not import: {type(error).__name__}: {error}")
+        said = " ".join(str(error).split())
+        sys.exit(f"{name} does not import: {type(error).__name__}: {said}")
+for name in sorted({x.split(".")[0] for x in sys.argv[1:]}):
+    try:
+        print(name, importlib.metadata.version(name.replace("_", "-")))
+    except importlib.metadata.PackageNotFoundError:
+        pass
 """
+# For every process, this one among them. The sides are compared on the CPU, whatever else is here;
+# without JAX's own filter the last line of an error is its message; no cache but what is measured.
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "CUDA_VISIBLE_DEVICES": "",
+    "JAX_TRACEBACK_FILTERING": "off",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+
+
+class Failed(Exception):
+    """A side's worker ended; the message says of what."""
 
 
 class Worker:
     """A side in its own process."""
 
     def __init__(self, python: str, settings: dict):
-        quiet = {"TOKENIZERS_PARALLELISM": "false", "TF_CPP_MIN_LOG_LEVEL": "3"}
         script = "t5x_worker.py" if settings["side"] == "t5x" else "worker.py"
         # A file: a pipe that nobody reads would fill up.
         self._errors = tempfile.TemporaryFile("w+")
@@ -82,7 +105,6 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env={**os.environ, **quiet},
         )
 
     def ask(self, **call) -> dict:
@@ -95,19 +117,25 @@ class Worker:
         if not line:
             self._process.wait()
             self._errors.seek(0)
-            said = self._errors.read().strip().splitlines()
-            raise ValueError(f"{call}: {said[-1] if said else 'the worker ended'}")
+            raise Failed(f"{' '.join(map(str, call.values()))}: {last_error(self._errors.read())}")
         return json.loads(line)
 
     def close(self) -> None:
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.wait()
         self._errors.close()
 
 
+def last_error(text: str) -> str:
+    """The message that a traceback ends with, on one line; the last line where there is none."""
+    lines = text.strip().splitlines() or ["the worker ended and said nothing"]
+    heads = [i for i, line in enumerate(lines) if re.match(r"[A-Za-z_][\w.]*(: |$)", line)]
+    return " ".join(" ".join(lines[heads[-1] if heads else -1 :]).split())[:600]
+
+
 def write_tokens(path: pathlib.Path, data_dir: str, vocabulary_file: str) -> None:
     """The tasks' token arrays, in one .npz that needs neither TensorFlow nor seqio to read."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     import softprompt.tasks.registry  # noqa: F401
     from softprompt import data
     from softprompt.tasks import features, sources
@@ -123,7 +151,8 @@ def write_tokens(path: pathlib.Path, data_dir: str, vocabulary_file: str) -> Non
                 rows = getattr(found, feature)
                 arrays[f"{name}/{split}/{feature}/ids"] = np.concatenate(rows)
                 arrays[f"{name}/{split}/{feature}/ends"] = np.cumsum([len(x) for x in rows])
-    np.savez(path, **arrays)
+    with open(path, "wb") as file:  # By its name savez would add ".npz" to it.
+        np.savez(file, **arrays)
 
 
 def machine() -> dict[str, str]:
@@ -141,18 +170,22 @@ def machine() -> dict[str, str]:
     }
 
 
-def absent(python: str | None, modules: tuple[str, ...]) -> str | None:
-    """Why a peer can not be measured, or None."""
+def versions(python: str | None, modules: tuple[str, ...]) -> str:
+    """The packages that a side is measured with.
+
+    Raises:
+      Failed: it cannot be measured, and why.
+    """
     if python is None:
-        return "not asked for"
+        raise Failed("not asked for")
     try:
         found = subprocess.run([python, "-c", IMPORT, *modules], capture_output=True, text=True)
     except OSError as error:
-        return f"absent: {python} does not start: {error.strerror}"
+        raise Failed(f"absent: {python} does not start: {error.strerror}") from None
     if found.returncode:
         said = found.stderr.strip().splitlines() or [f"exit status {found.returncode}"]
-        return f"absent: {said[-1]}"
-    return None
+        raise Failed(f"absent: {said[-1]}")
+    return ", ".join(found.stdout.strip().splitlines())
 
 
 def digest(tokens: pathlib.Path) -> str:
@@ -164,7 +197,7 @@ def digest(tokens: pathlib.Path) -> str:
     return found.hexdigest()[:16]
 
 
-def first_steps(folder: pathlib.Path, args) -> dict[str, float]:
+def first_steps(folder: pathlib.Path, args, devices: int) -> dict[str, float]:
     """Seconds from the start of `softprompt train` to the end of its first step.
 
     Cold, and once more with what the first run left in the compilation cache.
@@ -184,7 +217,7 @@ def first_steps(folder: pathlib.Path, args) -> dict[str, float]:
             "--gin_file=runs/prompt_finetune.gin", f"--data_dir={args.data_dir}",
             "--gin.MIXTURE_OR_TASK_NAME=super_glue_rte", "--gin.EVAL_SPLIT=none",
             f"--gin.INITIAL_CHECKPOINT_PATH={folder / 'backbone'}",
-            "--gin.TASK_FEATURE_LENGTHS={'inputs': 512, 'targets': 16}",
+            "--gin.TASK_FEATURE_LENGTHS={'inputs': 512, 'targets': 16}", f"--cpu_devices={devices}",
             f"--gin.MODEL_DIR={folder / kind}", "--gin.TRAIN_STEPS=1", "--gin.BATCH_SIZE=16",
         ]  # fmt: skip
         began = time.perf_counter()
@@ -198,23 +231,22 @@ def first_steps(folder: pathlib.Path, args) -> dict[str, float]:
             if "step 1/1" in line and kind not in found:
                 found[kind] = time.perf_counter() - began
         if run.wait() or kind not in found:
-            raise ValueError(f"softprompt train failed: {''.join(said[-3:])}")
+            raise ValueError(f"softprompt train failed: {last_error(''.join(said))}")
     return found
 
 
 def lean(python: str, settings: dict, layout: str, folder: pathlib.Path) -> dict[str, float]:
     """Seconds to the first step's end, a checkpoint's size and time, and peak memory, on RTE."""
     began = time.perf_counter()
-    worker = Worker(python, settings)
     key = {"case": "train", "task": "rte", "layout": layout}
-    worker.ask(call="prepare", batches=1, **key)
-    found = {"first_step": time.perf_counter() - began}
-    worker.ask(call="prepare", **key)
-    worker.ask(call="time", **key)
-    saved = worker.ask(call="checkpoint", folder=str(folder))
-    found |= {"checkpoint_bytes": saved["bytes"], "checkpoint_seconds": saved["seconds"]}
-    found["peak_memory"] = worker.ask(call="memory")["bytes"]
-    worker.close()
+    with contextlib.closing(Worker(python, settings)) as worker:
+        worker.ask(call="prepare", batches=1, **key)
+        found = {"first_step": time.perf_counter() - began}
+        worker.ask(call="prepare", **key)
+        worker.ask(call="time", **key)
+        saved = worker.ask(call="checkpoint", folder=str(folder))
+        found |= {"checkpoint_bytes": saved["bytes"], "checkpoint_seconds": saved["seconds"]}
+        found["peak_memory"] = worker.ask(call="memory")["bytes"]
     return found
 
 
@@ -237,39 +269,64 @@ def plan(
     return found
 
 
+def lost(side: str, error: Failed, record: Record, progress: Progress) -> None:
+    """Goes on without a peer that failed; ours may not fail."""
+    if side not in PEERS:
+        raise error
+    record.found["missing"][PEERS[side]] = f"failed: {error}"
+    record.write()
+    progress.drop(side, f"{PEERS[side]} failed: {error}")
+
+
 def measure(
-    workers: dict[str, Worker], tasks: list[str], repetitions: int, record: Record, done
-) -> None:
+    workers: dict[str, Worker], tasks: list[str], repetitions: int, record: Record,
+    progress: Progress,
+) -> None:  # fmt: skip
     """Examples per second of every case that the record lacks, into it.
 
-    Its results are `{task: {case: {"rates": […], "shares": […], "examples": …}}}`.
+    Its results are `{task: {case: {"rates": […], "shares": […], "examples": …}}}`. A peer that
+    fails leaves `workers`.
     """
+
+    def ask(name: str, call: str, task: str) -> dict | None:
+        side, case, layout = name.split()
+        if side not in workers:
+            return None
+        try:
+            return workers[side].ask(call=call, case=case, task=task, layout=layout)
+        except Failed as error:
+            del workers[side]
+            lost(side, error, record, progress)
+            return None
+
     for task in tasks:
         results = record.found["results"].setdefault(task, {})
         names = [" ".join(case) for case in CASES if case[0] in workers]
-
-        def ask(name: str, call: str, task: str = task) -> dict:
-            side, case, layout = name.split()
-            return workers[side].ask(call=call, case=case, task=task, layout=layout)
-
         for name in names:
             if len(record.rates(task, name)) < repetitions:
-                found = ask(name, "prepare")
-                results[name] = {"rates": [], "shares": [], **results.get(name, {}), **found}
-                done(("prepare", name, task), f"{task} {name}: ready, {filled(found)}")
+                found = ask(name, "prepare", task)
+                if found:
+                    results[name] = {"rates": [], "shares": [], **results.get(name, {}), **found}
+                    unit = ("prepare", name, task)
+                    progress.done(unit, f"{task} {name}: ready, {filled(found)}")
         for repetition in range(repetitions):
-            due = [name for name in names if len(results[name]["rates"]) <= repetition]
-            sides = {name.split()[0] for name in due}
+            due = [x for x in names if x in results and len(results[x]["rates"]) <= repetition]
+            # Of the sides that tell their products: ours.
+            sides = {name.split()[0] for name in due if "flops" in results[name]}
             peaks = {side: workers[side].ask(call="peak")["flops"] for side in sides}
             for name in due:
                 kept = results[name]
-                seconds = ask(name, "time")["seconds"]
-                kept["rates"].append(kept["examples"] / seconds)
+                found = ask(name, "time", task)
+                if not found:
+                    continue
+                kept["rates"].append(kept["examples"] / found["seconds"])
                 if " train " in name and "flops" in kept:
-                    kept["shares"].append(kept["flops"] / seconds / peaks[name.split()[0]])
+                    share = kept["flops"] / found["seconds"] / peaks[name.split()[0]]
+                    kept["shares"].append(share)
                 record.write()
                 line = f"{task} {name}: {kept['rates'][-1]:.2f} examples/s, {filled(kept)}"
-                done(("time", name, task), f"{line} ({repetition + 1} of {repetitions})")
+                unit = ("time", name, task)
+                progress.done(unit, f"{line} ({repetition + 1} of {repetitions})")
 
 
 def main() -> None:
@@ -293,17 +350,38 @@ def main() -> None:
     parser.add_argument("--no_details", action="store_true", help="examples per second alone")
     parser.add_argument("--output", help="all figures as JSON; an interrupted run goes on there")
     args = parser.parse_args()
+    if not args.data_dir and not args.tokens:
+        parser.error("give --data_dir with --vocabulary_file, or --tokens")
+    if args.data_dir and not args.vocabulary_file:
+        parser.error("--data_dir needs --vocabulary_file: lengths are those in T5's pieces")
+    if args.tokens and not args.data_dir and not pathlib.Path(args.tokens).is_file():
+        parser.error(f"--tokens: there is no file {args.tokens}")
+    if args.batch_size < 2:
+        parser.error(f"--batch_size is {args.batch_size}, expected at least 2 (512 takes half)")
+    if args.output and not pathlib.Path(args.output).absolute().parent.is_dir():
+        parser.error(f"--output: there is no folder {pathlib.Path(args.output).absolute().parent}")
+    tasks = args.tasks.split(",")
+    if unknown := [name for name in tasks if name not in TASKS]:
+        parser.error(f"--tasks: {', '.join(unknown)} is none of {', '.join(TASKS)}")
+    os.environ.update(ENVIRONMENT)
+    os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    tasks, about = args.tasks.split(","), machine()
+    about = machine()
     # As `softprompt --cpu_devices` splits a CPU: as many as cores, as far as they divide a batch.
     cores = 1 if args.cpu_time else int(about["cores"])
-    missing = {"PEFT": absent(args.peft_python, PEFT), "T5X": absent(args.t5x_python, T5X)}
-    missing = {peer: why for peer, why in missing.items() if why}
-    for peer, why in missing.items():
-        say(f"{peer}: {why}")
+    # Ours is imported here as well: what is on disk is then as warm for one as for the other.
+    packages, missing = {"ours": versions(sys.executable, OURS)}, {}
+    for side, python, modules in (
+        ("peft", args.peft_python, PEFT), ("t5x", args.t5x_python, T5X)
+    ):  # fmt: skip
+        try:
+            packages[side] = versions(python, modules)
+        except Failed as why:
+            missing[PEERS[side]] = str(why)
+            say(f"{PEERS[side]}: {why}")
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         tokens = pathlib.Path(args.tokens) if args.tokens else folder / "tokens.npz"
@@ -320,34 +398,42 @@ def main() -> None:
             "ours": (sys.executable, {**local, "side": "ours"}),
             "bf16": (sys.executable, {**local, "side": "ours", "dtype": "bfloat16"}),
         }
-        if "PEFT" not in missing:
-            sides["peft"] = (args.peft_python, {**local, "side": "peft"})
-        if "T5X" not in missing:
-            sides["t5x"] = (args.t5x_python, {**local, "side": "t5x"})
-        same = {"tokens": digest(tokens), "sides": list(sides)}
-        same |= {name: about[name] for name in ("cpu", "cores")}
+        for side, python in (("peft", args.peft_python), ("t5x", args.t5x_python)):
+            if side in packages:
+                sides[side] = (python, {**local, "side": side})
+        same = {"tokens": digest(tokens), **{name: about[name] for name in ("cpu", "cores")}}
+        same |= {f"packages of {side}": found for side, found in packages.items()}
         record = Record(args.output, {**common, **same}, about, missing)
         details = [] if args.no_details else details_due(sides, record, bool(args.data_dir))
         due = plan(sides, tasks, args.repetitions, record, details)
         progress = Progress(due, say)
         for name in details:
+            side, layout = name.split()
             if name == "softprompt train":
-                found = first_steps(folder, args)
+                found = first_steps(folder, args, common["cpu_devices"])
+            elif side in sides:
+                try:
+                    found = lean(*sides[side], layout, folder / f"saved-{side}-{layout}")
+                except Failed as error:
+                    del sides[side]
+                    lost(side, error, record, progress)
+                    continue
             else:
-                side, layout = name.split()
-                found = lean(*sides[side], layout, folder / f"saved-{side}-{layout}")
+                continue
             record.found["details"][name] = found
             record.write()
             said = ", ".join(f"{x} {value:.4g}" for x, value in found.items())
             progress.done(("details", name, "rte"), f"{name}: {said}")
         if len(due) > len(details):
             workers = {side: Worker(*found) for side, found in sides.items()}
-            measure(workers, tasks, args.repetitions, record, progress.done)
+            measure(workers, tasks, args.repetitions, record, progress)
             for worker in workers.values():
                 worker.close()
-    results = {task: record.found["results"][task] for task in tasks}
-    print("\n".join(report(results, record.found["details"], record.found["machine"], missing)))
+    print("\n".join(report(record.found, tasks)))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (Failed, ValueError) as mistake:
+        sys.exit(f"peers.py: {mistake}")

@@ -16,11 +16,14 @@ class Record:
         if self._path and self._path.exists():
             old = json.loads(self._path.read_text(encoding="utf-8"))
             kept = old.get("settings", {})
-            differing = [name for name in settings if kept.get(name) != settings[name]]
+            # A setting that only one of them has is that of a peer that the other did without.
+            differing = [
+                name for name in settings if kept.get(name, settings[name]) != settings[name]
+            ]
             if differing:
                 said = ", ".join(f"{x} {kept.get(x)} (now {settings[x]})" for x in differing)
                 raise ValueError(f"--output {path} holds figures of other settings: {said}")
-            self.found = {**old, "missing": missing}
+            self.found = {**old, "settings": {**kept, **settings}, "missing": missing}
 
     def rates(self, task: str, name: str) -> list[float]:
         return self.found["results"].get(task, {}).get(name, {"rates": []})["rates"]
@@ -55,6 +58,12 @@ class Progress:
     def left(self) -> float:
         """Seconds that the measurements left will about take."""
         return sum(self._estimate(unit) for unit in self._left)
+
+    def drop(self, side: str, line: str) -> None:
+        """Takes what a side had left off the plan, and says why."""
+        self._left = [unit for unit in self._left if unit[1].split()[0] != side]
+        self._last = self._clock()
+        self._say(line)
 
     def done(self, unit: tuple[str, str, str], line: str) -> None:
         now = self._clock()

@@ -25,17 +25,22 @@ def _table(*header: str) -> list[str]:
     return ["", "| " + " | ".join(header) + " |", "| --- |" + " --- |" * (len(header) - 1)]
 
 
-def report(results: dict, details: dict, about: dict, missing: dict) -> list[str]:
-    """Absent peers, medians of the rates and of the ratios within a repetition, and the rest."""
+def report(found: dict, tasks: list[str]) -> list[str]:
+    """Of a record: absent peers, medians of the rates and of the ratios within a repetition."""
+    about, details = found["machine"], found["details"]
     lines = [f"{about['cpu']}, {about['cores']} cores, load average {about['load_average']} at the "
              f"start, Python {about['python']}.", ""]  # fmt: skip
-    lines += [f"{peer}: {why}." for peer, why in missing.items()]
-    tasks = list(results)
+    lines += [f"{name}: {x}." for name, x in found["settings"].items() if name.startswith("pack")]
+    lines += [f"{peer}: {why}." for peer, why in found["missing"].items()]
+    results = {task: found["results"].get(task, {}) for task in tasks}
     lines += _table("examples/s", *tasks)
-    for name in next(iter(results.values())):
+    for name in dict.fromkeys(name for of_task in results.values() for name in of_task):
         cells = []
         for task in tasks:
-            kept = results[task][name]
+            kept = results[task].get(name, {"rates": []})
+            if not kept["rates"]:
+                cells.append("–")
+                continue
             cell = f"{statistics.median(kept['rates']):.2f} ({filled(kept)}"
             if kept["shares"]:
                 cell += f", {100 * statistics.median(kept['shares']):.0f}% of peak"
@@ -44,12 +49,13 @@ def report(results: dict, details: dict, about: dict, missing: dict) -> list[str
     lines += _table("ratio", "goal", *tasks)
     for one, other, goal in RATIOS:
         names = " ".join(one), " ".join(other)
-        if all(name in results[task] for name in names for task in tasks):
-            cells = []
-            for task in tasks:
-                rates = [results[task][name]["rates"] for name in names]
-                ratios = [a / b for a, b in zip(*rates, strict=True)]
-                cells.append(f"{statistics.median(ratios):.2f}")
+        cells = []
+        for task in tasks:
+            rates = [results[task].get(name, {"rates": []})["rates"] for name in names]
+            # Of the repetitions that both have: an interruption may lie between.
+            ratios = [a / b for a, b in zip(*rates, strict=False)]
+            cells.append(f"{statistics.median(ratios):.2f}" if ratios else "–")
+        if set(cells) != {"–"}:
             lines.append(f"| {names[0]} / {names[1]} | {goal} | " + " | ".join(cells) + " |")
     if not details:
         return lines

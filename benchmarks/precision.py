@@ -4,7 +4,7 @@
 
 Mean cross-entropy in nats per target token, without a prompt: of the embedded data sets'
 validation targets and, with --corpus (a folder of text shards as `softprompt train` reads them for
-pre-training), of the prefix-LM task on its first 512 held-out examples.
+pre-training), of both pre-training tasks on their first --examples held-out examples.
 """
 
 import argparse

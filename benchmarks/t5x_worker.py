@@ -130,9 +130,6 @@ class T5x:
         else:
             np.asarray(self.predict(self.trainer.train_state.params, batch))
 
-    def peak(self, clock) -> float:
-        return worker.jax_peak(self.settings["dtype"], clock)
-
     def checkpoint(self, folder: str) -> None:
         checkpointer = self.saving.checkpointer_cls(
             train_state=self.shapes,

@@ -63,26 +63,6 @@ def spread(widths: list[int], count: int) -> list[int]:
     return [int(order[int((k + 0.5) * len(order) / count)]) for k in range(count)]
 
 
-def best_rate(run, operations: float, clock) -> float:
-    """Operations per second of the fastest of some runs."""
-    run()
-    times = []
-    for _ in range(8):
-        began = clock()
-        run()
-        times.append(clock() - began)
-    return operations / min(times)
-
-
-def jax_peak(dtype: str, clock) -> float:
-    """Operations per second of a matrix product of 1024 in JAX."""
-    import jax
-
-    x = jax.numpy.ones((1024, 1024), dtype)
-    product = jax.jit(lambda a: jax.numpy.dot(a, a, preferred_element_type=jax.numpy.float32))
-    return best_rate(lambda: product(x).block_until_ready(), 2 * 1024**3, clock)
-
-
 class Ours:
     """This project: `train` in length buckets or packed, `decode` and `rank` in length buckets."""
 
@@ -91,6 +71,9 @@ class Ours:
 
         # Before the first device is asked for: see `--cpu_devices` of the command line.
         jax.config.update("jax_num_cpu_devices", settings["cpu_devices"])
+        from softprompt.__main__ import keep_memory
+
+        keep_memory()  # As `softprompt train` does.
         from softprompt import (
             backbone,
             data,
@@ -156,7 +139,8 @@ class Ours:
                 stream = self.lengths.bucketed_batches(*drawing, 5)(0)
             return [next(stream) for _ in range(max(1, len(part) // size))]
         found = self.data.eval_batches(self.examples(task, "validation"), 2 * size, self.slots)
-        return [batch for _, batch in found]
+        # The last one, if it is not full, is left out, as it is of the peers.
+        return [batch for indices, batch in found if len(indices) == 2 * size]
 
     def width(self, batch) -> int:
         return batch["encoder_ids"].shape[1]
@@ -192,7 +176,18 @@ class Ours:
             np.asarray(self.score(self.frozen, batch["encoder_ids"], labels))
 
     def peak(self, clock) -> float:
-        return jax_peak(self.settings["dtype"], clock)
+        """Operations per second of a matrix product of 1024: the fastest of some."""
+        x = self.jax.numpy.ones((1024, 1024), self.settings["dtype"])
+        product = self.jax.jit(
+            lambda a: self.jax.numpy.dot(a, a, preferred_element_type=self.jax.numpy.float32)
+        )
+        product(x).block_until_ready()
+        times = []
+        for _ in range(8):
+            began = clock()
+            product(x).block_until_ready()
+            times.append(clock() - began)
+        return 2 * 1024**3 / min(times)
 
     def checkpoint(self, folder: str) -> None:
         from softprompt import checkpoint
@@ -257,10 +252,6 @@ class Peft:
                 input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
                 max_new_tokens=self.settings["decode_length"], do_sample=False, num_beams=1,
             )  # fmt: skip
-
-    def peak(self, clock) -> float:
-        x = self.torch.ones(1024, 1024)
-        return best_rate(lambda: x @ x, 2 * 1024**3, clock)
 
     def checkpoint(self, folder: str) -> None:
         self.model.save_pretrained(folder)

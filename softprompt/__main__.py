@@ -81,7 +81,7 @@ def _import_tensorflow() -> None:
                 sys.stderr.write(held.read().decode(errors="replace"))
 
 
-def _keep_memory() -> None:
+def keep_memory() -> None:
     """Tells glibc to keep freed memory instead of returning it to the kernel.
 
     XLA's CPU client frees and allocates a step's temporaries at every step: by default each time
@@ -337,7 +337,7 @@ def _run_gin(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> int:
 
 
 def _reproduce(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> int:
-    _keep_memory()
+    keep_memory()
     _import_tensorflow()
     import seqio
 
@@ -405,7 +405,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.command in GIN_COMMANDS:
             from softprompt import hosts
 
-            _keep_memory()
+            keep_memory()
             _split_cpu(args.cpu_devices)
             with hosts.job(**{name: getattr(args, name, None) for name in JOB_FLAGS}):
                 return _run_gin(args, bindings)

@@ -19,21 +19,21 @@ def peers(monkeypatch):
 
 
 class Side:
-    """Answers as a worker does; stops answering after some calls of `time`."""
+    """Answers as a worker does; after some calls of `time` it ends as `end` says."""
 
-    def __init__(self, calls: list, times: int | None = None):
-        self.calls, self.times = calls, times
+    def __init__(self, calls: list, times: int | None = None, end=KeyboardInterrupt):
+        self.calls, self.times, self.end = calls, times, end
 
     def ask(self, call: str, **key) -> dict:
         if call == "time" and self.times is not None:
             if self.times == 0:
-                raise KeyboardInterrupt
+                raise self.end
             self.times -= 1
         self.calls.append((call, key.get("case")))
         if call == "peak":
             return {"flops": 100.0}
         if call == "prepare":
-            return {"examples": 8, "filled": 30, "positions": 40, "flops": 20.0}
+            return {"examples": 8, "filled": 30, "positions": 40}
         return {"seconds": 2.0}
 
 
@@ -42,7 +42,7 @@ def run(peers, path, settings, workers, repetitions=2):
     record, said = peers.Record(path, settings, {"cpu": "x"}, {}), []
     units = peers.plan(workers, ["rte"], repetitions, record, [])
     progress = peers.Progress(units, said.append)
-    peers.measure(workers, ["rte"], repetitions, record, progress.done)
+    peers.measure(workers, ["rte"], repetitions, record, progress)
     return record.found, said, units
 
 
@@ -72,9 +72,44 @@ def test_an_interrupted_run_goes_on_where_it_stopped(peers, tmp_path):
 
 def test_figures_of_other_settings_are_not_mixed(peers, tmp_path):
     path = str(tmp_path / "out.json")
-    run(peers, path, {"batches": 5, "sides": ["ours"]}, {"ours": Side([])})
+    run(peers, path, {"batches": 5, "packages of peft": "peft 1"}, {"peft": Side([])})
     with pytest.raises(ValueError, match=r"other settings: batches 5 \(now 3\)"):
-        run(peers, path, {"batches": 3, "sides": ["ours"]}, {"ours": Side([])})
+        run(peers, path, {"batches": 3}, {"ours": Side([])})
+    with pytest.raises(ValueError, match=r"packages of peft peft 1 \(now peft 2\)"):
+        run(peers, path, {"batches": 5, "packages of peft": "peft 2"}, {"peft": Side([])})
+    # A peer may come or go.
+    run(peers, path, {"batches": 5, "packages of t5x": "t5x 1"}, {"t5x": Side([])})
+    kept = json.loads(pathlib.Path(path).read_text())
+    assert set(kept["settings"]) == {"batches", "packages of peft", "packages of t5x"}
+    assert len(kept["results"]["rte"]) == 6
+
+
+def test_a_peer_that_fails_is_told_and_left_out_and_what_it_gave_is_kept(peers, tmp_path):
+    path = str(tmp_path / "out.json")
+    workers = {"ours": Side([]), "peft": Side([], 3, peers.Failed("train rte longest: no memory"))}
+    found, said, _ = run(peers, path, {}, workers)
+    assert found["missing"] == {"PEFT": "failed: train rte longest: no memory"}
+    rates = {name: len(x["rates"]) for name, x in found["results"]["rte"].items()}
+    assert rates["ours train buckets"] == rates["ours rank buckets"] == 2
+    assert rates["peft train longest"] == rates["peft decode sorted"] == 1
+    assert "about 0.0 left" in said[-1]
+    found["machine"] |= {"cores": "2", "load_average": "0", "python": "3"}
+    lines = peers.report(found, ["rte"])
+    assert "PEFT: failed: train rte longest: no memory." in lines
+    assert "| ours train buckets / peft train longest | 1.5, WiC 1.2 | 1.00 |" in lines
+
+    # The next run tries it again; ours may not fail.
+    found, _, units = run(peers, path, {}, {"ours": Side([]), "peft": Side([])})
+    assert found["missing"] == {} and {name.split()[0] for _, name, _ in units} == {"peft"}
+    with pytest.raises(peers.Failed):
+        run(peers, None, {}, {"ours": Side([], 1, peers.Failed("no"))})
+
+
+def test_the_message_at_the_end_of_a_traceback_is_found(peers):
+    text = "Traceback (most recent call last):\n  File x\n    y\njax.errors.Bad: wrong\nshape [2]\n"
+    assert peers.last_error(text) == "jax.errors.Bad: wrong shape [2]"
+    assert peers.last_error("killed\n") == "killed"
+    assert "nothing" in peers.last_error("")
 
 
 def test_time_left_is_that_of_the_most_alike_measurements(peers):
@@ -97,9 +132,14 @@ def test_the_table_holds_ratios_within_a_repetition_and_their_goals(peers):
     def case(*rates):
         return {"rates": list(rates), "shares": [], "filled": 1, "positions": 2}
 
-    results = {"rte": {"ours train buckets": case(8.0, 9.0, 20.0), "t5x train 512": case(2, 1, 2)}}
-    about = {"cpu": "x", "cores": "2", "load_average": "0", "python": "3"}
-    lines = peers.report(results, {}, about, {"PEFT": "not asked for"})
+    rte = {"ours train buckets": case(8.0, 9.0, 20.0), "t5x train 512": case(2, 1, 2)}
+    found = {
+        "settings": {"packages of ours": "jax 1"}, "details": {}, "results": {"rte": rte},
+        "machine": {"cpu": "x", "cores": "2", "load_average": "0", "python": "3"},
+        "missing": {"PEFT": "not asked for"},
+    }  # fmt: skip
+    lines = peers.report(found, ["rte"])
+    assert "packages of ours: jax 1." in lines
     # Of the ratios 4, 9 and 10, not of the medians 9 and 2.
     assert "| ours train buckets / t5x train 512 | 4.5 | 9.00 |" in lines
     assert "| t5x train 512 | 2.00 (50% full) |" in lines
@@ -107,11 +147,14 @@ def test_the_table_holds_ratios_within_a_repetition_and_their_goals(peers):
 
 
 def test_an_absent_peer_is_told_with_what_does_not_import(peers):
-    assert peers.absent(None, ("json",)) == "not asked for"
-    assert peers.absent(sys.executable, ("json",)) is None
-    said = peers.absent(sys.executable, ("json", "no_such_module.part"))
-    assert said.startswith("absent: no_such_module.part does not import: ModuleNotFoundError")
-    assert "does not start" in peers.absent("/no/such/python", ("json",))
+    assert peers.versions(sys.executable, ("json", "numpy")) == f"numpy {np.__version__}"
+    for python, modules, said in (
+        (None, ("json",), "not asked for"),
+        (sys.executable, ("json", "no_such.part"), "absent: no_such.part does not import: Module"),
+        ("/no/such/python", ("json",), "does not start"),
+    ):
+        with pytest.raises(peers.Failed, match=said):
+            peers.versions(python, modules)
 
 
 def test_peers_batches_are_cut_and_filled(peers, tmp_path):
