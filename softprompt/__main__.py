@@ -151,7 +151,8 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--data_dir", help="folder of JSON Lines data sets")
         command.add_argument("--tfds_data_dir", help="folder of TensorFlow data sets")
         command.add_argument("--seqio_additional_cache_dirs", default="", metavar="DIR[,DIR…]")
-        command.add_argument("--ignore_fingerprint", action="store_true")
+        if name != "baseline":
+            command.add_argument("--ignore_fingerprint", action="store_true")
         command.add_argument(
             "--cpu_devices", type=int, metavar="N",
             help="make the CPU N devices (as many as cores, say), each with its share of a batch",
@@ -306,7 +307,7 @@ def _run_gin(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> int:
     from softprompt.tasks import sources
 
     bindings = [*_user_data(args), *bindings, *_gin_bindings(args)]
-    if args.ignore_fingerprint and args.command in ("train", "eval", "infer"):
+    if getattr(args, "ignore_fingerprint", False):
         bindings.append(("IGNORE_FINGERPRINT", "True"))
     if args.data_dir:
         sources.use_data_dir(args.data_dir)
@@ -384,6 +385,15 @@ def _user_data(args: argparse.Namespace) -> list[tuple[str, str]]:
             bindings.append((macro, repr(value.split(",")) if flag == "labels" else repr(value)))
     if any(getattr(args, f"{split}_file", None) for split in ("train", "validation", "test")):
         bindings.append(("MIXTURE_OR_TASK_NAME", repr(args.task_name)))
+        if args.command == "transfer":
+            raise ValueError(
+                "softprompt transfer takes no --train_file, --validation_file or --test_file: "
+                "SOURCES and TARGETS are seqio tasks; register yours in MIXTURE_OR_TASK_MODULE"
+            )
+        # In place of those that the gin files list.
+        lists = {"sweep": repr({args.task_name: []}), "population": "None"}
+        if args.command in lists:
+            bindings.append(("TASKS", lists[args.command]))
     return bindings
 
 
@@ -455,6 +465,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         _clear_bar()
         print(f"softprompt: {error}", file=sys.stderr, flush=True)
+        return 2
+    except OSError as error:
+        # Of files that a user named: the modules name what is wrong with all others.
+        if not error.filename:
+            raise
+        _clear_bar()
+        print(f"softprompt: {error.filename!r}: {error.strerror}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         _clear_bar()

@@ -247,7 +247,10 @@ def labels_found(
     cosines = unit(array) @ unit(words.embedding).T
     found = []
     for i, label in enumerate(labels):
-        mean = words.embedding[words.vocabulary.encode(label)].mean(0)
+        ids = words.vocabulary.encode(label)
+        if not ids:
+            raise ValueError(f"the label {label!r} has no tokens in this vocabulary")
+        mean = words.embedding[ids].mean(0)
         own = unit(array) @ unit(mean)
         # A label of one token is that token: rounding must not put it behind itself.
         rank = 1 + (cosines > own[:, None] + 1e-6).sum(1)

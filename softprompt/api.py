@@ -28,6 +28,7 @@ from softprompt.backbone import Backbone
 from softprompt.inputs import Shared
 from softprompt.prompt import Prompt
 from softprompt.reparameterise import Mlp
+from softprompt.settings import check_settings
 from softprompt.tree import Flat
 
 Pair = tuple[str, str]
@@ -261,6 +262,13 @@ def _tuning(
 
     Calls with the same `shared` tokenise the same data and compile the same predictor once.
     """
+    check_settings(
+        "float32", lengths, prompt_length=(prompt_length, 1), train_steps=(train_steps, 1),
+        batch_size=(batch_size, 1), eval_period=(eval_period, 0), patience=(patience, 0),
+        log_period=(log_period, 1), checkpoint_period=(checkpoint_period, 0), seed=(seed, 0),
+        microbatches=(microbatches, 1), length_buckets=(length_buckets, 1),
+        pack_length=(0 if pack_length == "auto" else pack_length, 0),
+    )  # fmt: skip
     examples, judged = shared(_examples, train_data, "train", backbone, lengths, labels)
     labels = labels or judged.labels
     if isinstance(train_data, str) and validation_data is None:
@@ -312,6 +320,10 @@ def _tuning(
             "batch_size": batch_size,
             "pack_length": pack_length,
             "length_buckets": length_buckets,
+            "task_feature_lengths": dict(lengths),
+            "examples": data.fingerprint([examples]),
+            "labels": labels and list(labels),
+            "learning_rate": _rates(learning_rate, train_steps),
         },
         seed=seed,
         microbatches=microbatches,
@@ -320,6 +332,13 @@ def _tuning(
         reparameterisation=reparameterisation,
     )
     return arguments, about
+
+
+def _rates(learning_rate: float | optax.Schedule, train_steps: int) -> float | list[float]:
+    """What tells one learning rate from another: a schedule's values along the run."""
+    if not callable(learning_rate):
+        return learning_rate
+    return [float(learning_rate(train_steps * i // 8)) for i in range(9)]
 
 
 def _predictor(backbone, prompt_length, labels, lengths, batch_size, **settings):
@@ -333,7 +352,17 @@ def _checked(
     name: str, prompt: Prompt | np.ndarray | None, backbone: Backbone
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """The rows of a prompt and those of its deeper layers, if they are the backbone's."""
+    if prompt is None:
+        return None, None
     if not isinstance(prompt, Prompt):
+        width = backbone.cfg.emb_dim
+        if isinstance(prompt, str | os.PathLike):
+            raise ValueError(f"{name} is the path {str(prompt)!r}: give load_prompt of it")
+        if np.ndim(prompt) != 2 or np.shape(prompt)[1] != width:
+            raise ValueError(
+                f"{name} has shape {np.shape(prompt)}, expected (P, {width}) for the backbone "
+                f"{backbone.name!r}"
+            )
         return prompt, None
     prompts.check_backbone(name, prompt.array, prompt.metadata, backbone)
     prompts.check_depth(name, prompt.deep, backbone)
@@ -355,6 +384,8 @@ def _with_prompts(
     """Parameters, prompt lengths, and the prompt of each of `count` inputs (None: one for all)."""
     if not isinstance(prompt, list | tuple):
         return *_with_prompt(backbone, prompt), None
+    if not count:
+        raise ValueError("got no texts")
     if len(prompt) != count:
         raise ValueError(f"got {len(prompt)} prompts for {count} texts, expected one for each")
     places: dict[int, int] = {}
@@ -453,6 +484,8 @@ def ensemble(
     `majority()` and, of labels, `mean_probability()` are the ensemble's predictions, and
     `agreement(predictions)` says how many of the prompts are behind them.
     """
+    if not isinstance(prompt, list | tuple) or not len(prompt):
+        raise ValueError("an ensemble needs a list of one or more prompts")
     flat, lengths = _banked(backbone, prompt)
     examples = _texts(backbone, texts, {**LENGTHS, "targets": max_tokens})
     predictor = _predictor(

@@ -63,6 +63,9 @@ def listed(prompt_files: str | Sequence[Path]) -> list[str]:
         if not named:
             raise ValueError(f"PROMPT_FILES: no file fits the pattern {path!r}")
         found += named
+    places = [os.path.realpath(path) for path in found]
+    if twice := sorted({p for p, at in zip(found, places, strict=True) if places.count(at) > 1}):
+        raise ValueError(f"PROMPT_FILES names a file more than once: {', '.join(twice)}")
     if len(found) < 2:
         raise ValueError(f"PROMPT_FILES names {len(found)} files, expected two or more")
     return found

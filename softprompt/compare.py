@@ -179,7 +179,7 @@ def write(
     """Writes `reproduce.csv` and `reproduce.md` to `folder`; returns the latter's text.
 
     Args:
-      about: 'title', 'backbone', 'form', 'reduced' and 'missing' as `reproduce` has them.
+      about: 'title', 'backbone', 'form', 'reduced', 'given' and 'missing' as `reproduce` has them.
       more: further lines of text.
     """
     printed = published.FIGURES.get(name, ())
@@ -197,8 +197,9 @@ def write(
         "",
     ]
     lines += [f"- reduced: {text}" for text in about["reduced"]]
+    lines += [f"- given: {text}" for text in about.get("given", ())]
     lines += [f"- not run: {text}" for text in about["missing"]]
-    if about["reduced"] or about["missing"]:
+    if lines[-1]:
         lines.append("")
     lines += [*table(printed, measured, name == "figure4"), ""]
     for statement, where in published.FINDINGS.get(name, ()):

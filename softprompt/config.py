@@ -146,7 +146,10 @@ def arguments(function: Callable) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def errors() -> Iterator[None]:
-    """Within it, a ValueError that gin decorated with where it arose is raised as it was meant."""
+    """Within it, a ValueError that gin decorated with where it arose is raised as it was meant.
+
+    Of subclasses those that are raised with a message alone stay what they are.
+    """
     try:
         yield
     except Exception as error:
@@ -158,7 +161,34 @@ def errors() -> Iterator[None]:
         required = isinstance(error, TypeError) and "required" in message[:cut].lower()
         if not required and not isinstance(error, ValueError):
             raise
-        raise ValueError(" ".join(message[:cut].split())) from None
+        # gin raises subclasses of the error's own class, under the same name.
+        name = type(error).__module__, type(error).__qualname__
+        kind = [k for k in type(error).__mro__ if (k.__module__, k.__qualname__) == name][-1]
+        if not issubclass(kind, ValueError) or kind.__init__ is not ValueError.__init__:
+            kind = ValueError
+        raise kind(" ".join(message[:cut].split())) from None
+
+
+def bindings(module: str) -> dict[str, Any]:
+    """What is bound to the functions of one of this package's modules, by `function.argument`.
+
+    Macros are taken by their values, and what is no JSON by how gin writes it.
+    """
+    known = macros()
+
+    def plain(value: Any) -> Any:
+        text = repr(value)
+        while text.startswith("%") and text[1:] in known:
+            value = known[text[1:]]
+            text = repr(value)
+        return value if isinstance(value, str | int | float | None) else text
+
+    return {
+        f"{selector.split('.')[-1]}.{name}": plain(value)
+        for (_, selector), values in gin.config._CONFIG.items()
+        if selector.split(".")[-2] == module
+        for name, value in sorted(values.items())
+    }
 
 
 def operative() -> str:

@@ -7,6 +7,7 @@ weighted by 1/distance as in Levy et al. 2015). Counting costs seconds where tra
 from random values costs most of a small budget.
 """
 
+import io
 import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from softprompt import checkpoint
 from softprompt.vocabulary import EOS_ID, open_vocabulary, read_documents
 
 MOST_TOKENS = 20_000
@@ -113,6 +115,7 @@ def make(
     if pathlib.Path(output).suffix != ".npy":
         raise ValueError(f"--output is {str(output)!r}, expected a file that ends in .npy")
     vocabulary = open_vocabulary(vocabulary_file)
+    pathlib.Path(output).absolute().parent.mkdir(parents=True, exist_ok=True)
 
     def pieces():
         for path in inputs:
@@ -122,5 +125,7 @@ def make(
             yield flat
 
     rows = embeddings(counts(pieces(), vocabulary.size, window), width, seed)
-    np.save(output, rows)
+    content = io.BytesIO()
+    np.save(content, rows)
+    checkpoint.write_atomically(output, content.getvalue())
     return rows

@@ -9,6 +9,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -201,6 +202,17 @@ def train_batches(
             }
 
     return generate
+
+
+def fingerprint(parts: Sequence[Examples]) -> str:
+    """A hash of examples as they are tokenised, 16 characters."""
+    found = hashlib.sha256()
+    for part in parts:
+        for rows in (part.inputs, part.targets):
+            found.update(np.array([len(ids) for ids in rows], np.int64).tobytes())
+            for ids in rows:
+                found.update(np.ascontiguousarray(ids, np.int32).data)
+    return found.hexdigest()[:16]
 
 
 def eval_batches(

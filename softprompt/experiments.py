@@ -242,7 +242,7 @@ def _reductions(options: Options, *more: str) -> list[str]:
     return [
         f"{given.get('TRAIN_STEPS', REDUCED_STEPS)} steps in place of 30,000, prompts of "
         f"{given.get('PROMPT_LENGTH', 20)} vectors in place of 100 unless a run says otherwise",
-        *more,
+        *(text for text in more if text != ONE_SEED or "SEEDS" not in given),
     ]
 
 
@@ -321,7 +321,10 @@ def _points(
             millions = compare.parameters(
                 formats.open_stored(backbone, options.vocabulary_file).cfg
             )
-            points[f"{millions / 1e6:.2g}"] = [f"INITIAL_CHECKPOINT_PATH={backbone}"]
+            name = f"{millions / 1e6:.2g}"
+            if name in points:  # Of one size.
+                name = f"{name} ({backbone})"
+            points[name] = [f"INITIAL_CHECKPOINT_PATH={backbone}", "ARCHITECTURE=None"]
         return points, [missing]
     points, missing = {}, []
     for name, settings in spec.points.items():

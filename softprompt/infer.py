@@ -16,7 +16,7 @@ import jax
 from softprompt import backbone as backbones
 from softprompt import banks, checkpoint, data, evaluation, partition, tree
 from softprompt.logbook import Progress, say, track
-from softprompt.settings import check_settings
+from softprompt.settings import check_numbers, check_settings
 
 Path = str | os.PathLike
 # Rows that are predicted before their lines are written.
@@ -64,8 +64,7 @@ def _named_prompts(
             raise ValueError(f"{row.where}: no field {field!r} names its prompt")
         name = str(name)
         if name not in places:
-            there = name in known or "://" in name or pathlib.Path(name).exists()
-            if not there:
+            if not (name in known or "://" in name or os.path.exists(name)):
                 raise ValueError(
                     f"{row.where}: {field} is {name!r}, which is neither a file nor one of PROMPTS "
                     f"({', '.join(known) or 'none given'})"
@@ -109,13 +108,19 @@ def infer(
     """
     from softprompt.tasks import records
 
+    if pathlib.Path(output_file).is_dir():
+        raise ValueError(f"OUTPUT_FILE {str(output_file)!r} is a folder, expected a file")
     lengths = task_feature_lengths or {"inputs": 512, "targets": 64}
     check_settings(dtype, lengths, BATCH_SIZE=(batch_size, 1), BEAMS=(beams, 1), TOP_K=(top_k, 0))
+    check_numbers(TEMPERATURE=(temperature, 0), TOP_P=(top_p, 0))
     rows = list(track(records.read(input_file), f"reading {input_file}", "rows"))
     if prompts is None:
         named = _Named([prompt_file], [template], [labels], [0] * len(rows))
     else:
         named = _named_prompts(rows, prompts, prompt_field, prompt_file, template, labels)
+    for own in named.labels:
+        if isinstance(own, str):
+            raise ValueError(f"LABELS is {own!r}, expected a list such as {own.split(',')!r}")
     texts = [
         records.fill(named.templates[k], row) for k, row in zip(named.which, rows, strict=True)
     ]
@@ -139,7 +144,7 @@ def infer(
         "weights": backbone.weights,
         "dtype": dtype,
         "prompts": tree.fingerprint({k: x for k, x in flat.items() if k.startswith("prompt/")}),
-        "inputs": hashlib.sha256("\0".join(texts).encode()).hexdigest(),
+        "inputs": hashlib.sha256(json.dumps([texts, rows, list(named.which)]).encode()).hexdigest(),
         "rows": len(texts),
         "labels": [own and list(own) for own in named.labels],
         "task_feature_lengths": dict(lengths),
@@ -147,7 +152,10 @@ def infer(
         **decoding,
     }
     partial = pathlib.Path(f"{output_file}.partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write {str(output_file)!r}: {error.strerror}") from None
     done = _begun(partial, identity)
     progress = Progress("predicting", len(rows), "rows", every=0, start=done)
     with open(partial, "a", encoding="utf-8") as out:

@@ -41,7 +41,13 @@ from softprompt.infer import infer
 from softprompt.inputs import Shared
 from softprompt.logbook import duration, say, size
 from softprompt.predict import baseline, eval
-from softprompt.settings import UserData, check_settings, load_tasks, use_vocabulary
+from softprompt.settings import (
+    UserData,
+    check_path,
+    check_settings,
+    load_tasks,
+    use_vocabulary,
+)
 from softprompt.vocabulary import open_vocabulary
 
 Path = str | os.PathLike
@@ -166,7 +172,11 @@ def train(
         KEEP_CHECKPOINTS=(keep_checkpoints, 1),
         LOG_PERIOD=(log_period, 1),
         MICROBATCHES=(microbatches, 1),
+        SEED=(seed, 0),
     )
+    check_path("MODEL_DIR", model_dir)
+    if best_metric is not None and not isinstance(best_metric, str):
+        raise ValueError(f"BEST_METRIC is {best_metric!r}, expected the name of a figure")
     if not prompt_length and (prompt_depth != 1 or reparameterisation is not None):
         raise ValueError("PROMPT_LENGTH is 0: there is no prompt to be deep or reparameterised")
     if odd := [k for k in backbone_steps if not eval_period or k % eval_period]:
@@ -227,6 +237,7 @@ def train(
             for task, _ in tasks
             if eval_split in task.splits
         ]
+        _check_split(eval_split, [task for task, _ in tasks])
         evaluation.check_metric(best_metric, held_out)
     # Nothing is sampled: the predictor needs no seed.
     predictor = shared(
@@ -258,6 +269,23 @@ def train(
     )  # fmt: skip
     about |= {"target_sentinel": True} if target_sentinel else {}
     cost = _cost(backbone, initial, deep, reparameterisation, trainable, backbone_dtype)
+    identity = {
+        **about,
+        "batch_size": batch_size,
+        "pack_length": pack_length,
+        "length_buckets": length_buckets,
+        "trainable": list(trainable),
+        "task_feature_lengths": dict(task_feature_lengths),
+        # Text that is streamed is known by its task alone.
+        "examples": None if stream else data.fingerprint(parts),
+        "labels": class_labels,
+        "dropout_rate": dropout_rate,
+        "z_loss": z_loss,
+        "label_smoothing": label_smoothing,
+        "best_metric": best_metric,
+        "bindings": config.bindings("optim") | config.bindings("prompt"),
+    }
+    training.check_resumable(folder, identity, train_steps)
     task_labels = {task.name: own for (task, _), own in zip(tasks, class_labels, strict=True)}
     provenance.write(folder, backbone, {**about, "labels": task_labels, **cost})
     count = tree.count({k: backbone.params[k] for k in int8.parameters(backbone.params)})
@@ -292,13 +320,7 @@ def train(
         model_dir=folder,
         # Labels given for the initialisation come before the task's own.
         save=prompt.saver(about, config.macros().get("CLASS_LABELS") or class_labels[0]),
-        identity={
-            **about,
-            "batch_size": batch_size,
-            "pack_length": pack_length,
-            "length_buckets": length_buckets,
-            "trainable": list(trainable),
-        },
+        identity=identity,
         seed=seed,
         z_loss=z_loss,
         label_smoothing=label_smoothing,
@@ -323,6 +345,20 @@ def train(
     if written := report.attempt(folder, backbone):
         say(f"report: {written}")
     return result
+
+
+def _check_split(split: str | None, tasks: Sequence[Any]) -> None:
+    """Raises where no task has the split to evaluate on that was asked for; says which have not.
+
+    'none' asks for no evaluation, and one's own data may be without 'validation', the default.
+    """
+    lacking = [task for task in tasks if split not in task.splits]
+    if not lacking or split in (None, "none"):
+        return
+    told = "; ".join(f"{task.name} has {', '.join(task.splits)}" for task in lacking)
+    if len(lacking) == len(tasks) and split != "validation":
+        raise ValueError(f"EVAL_SPLIT is {split!r}: {told}. 'none' trains without an evaluation")
+    say(f"not evaluated, for want of a split {split!r}: {told}")
 
 
 def _save_backbone(

@@ -8,21 +8,26 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
+from softprompt.settings import check_numbers
+
 Schedule = optax.Schedule
 
 
 def constant(value: float = 0.3) -> Schedule:
     """The paper's schedule: constant 0.3 (Lester et al. 2021, section 3; appendix A.1)."""
+    check_numbers(LEARNING_RATE=(value, 0))
     return optax.constant_schedule(value)
 
 
 def rsqrt(value: float = 1.0, warmup_steps: int = 10_000) -> Schedule:
     """T5's pre-training schedule, `value / sqrt(max(step, warmup_steps))` (Raffel 2020, 3.1.2)."""
+    check_numbers(LEARNING_RATE=(value, 0), WARMUP_STEPS=(warmup_steps, 0))
     return lambda step: value / jnp.maximum(step, warmup_steps) ** 0.5
 
 
 def warmup_linear(peak: float, steps: int, warmup_steps: int = 0, final: float = 0.0) -> Schedule:
     """Linear from 0 to `peak` in `warmup_steps`, then linear to `final` at step `steps`."""
+    check_numbers(LEARNING_RATE=(peak, 0), steps=(steps, 1), WARMUP_STEPS=(warmup_steps, 0))
     return optax.join_schedules(
         [
             optax.linear_schedule(0.0, peak, max(warmup_steps, 1)),
@@ -45,6 +50,8 @@ def adafactor(
     Weight decay 1e-5 (not multiplied by the learning rate), second-moment decay 0.8, no parameter
     scaling (Lester et al. 2021, section 3 and appendix A).
     """
+    if not callable(learning_rate):
+        check_numbers(learning_rate=(learning_rate, 0))
     return optax.adafactor(
         learning_rate=learning_rate,
         weight_decay_rate=weight_decay_rate,

@@ -70,7 +70,10 @@ class Member:
         patterns = list(arguments.pop("trainable", ["prompt/.*"]))
         known = {field.name for field in dataclasses.fields(cls)}
         plain = {"microbatches": 1}
-        further = [k for k, v in arguments.items() if k not in known and v != plain.get(k)]
+        further = [
+            k for k, v in arguments.items()
+            if k not in known and v is not None and not (k in plain and v == plain[k])
+        ]  # fmt: skip
         if arguments.get("prompt") is None:
             further.append("no prompt")
         if patterns != ["prompt/.*"] or further:
@@ -109,7 +112,8 @@ class _Run:
         folder = member.model_dir
         if folder is not None and (restored := checkpoint.restore_state(folder, self.state, say)):
             self.state, self.best = restored[0], restored[1]["best"]
-            train._check_identity(restored[1]["identity"], dict(member.identity or {}), folder)
+            at, ours = int(self.state["step"]), dict(member.identity or {})
+            train.check_identity(restored[1]["identity"], ours, folder, at, member.train_steps)
             say(f"{member.name}: resuming from step {int(self.state['step'])}")
         elif folder is not None and member.save:
             prompt = np.asarray(member.prompt, np.float32)
@@ -120,7 +124,18 @@ class _Run:
         self.result: Result | None = None
         self._stream = member.batches(self.step)
         self.batch = dict(next(self._stream))
+        self._behind: tuple[int, Iterator[Batch]] | None = None
         self._settle()
+
+    def batch_at(self, step: int) -> Batch:
+        """The batch of a step that is this member's next one, or lies behind it."""
+        if step == self.step:
+            return self.batch
+        if self._behind is None or self._behind[0] != step:
+            self._behind = step, self.member.batches(step)
+        stream = self._behind[1]
+        self._behind = step + 1, stream
+        return next(stream)
 
     def _settle(self) -> None:
         """Ends the run if it is at its last step or out of patience."""
@@ -216,10 +231,8 @@ class _Group:
         self.runs = list(runs)
         self._frozen = dict(backbone.params)
         self._rows = NamedSharding(backbone.mesh, PartitionSpec(None, *partition.spec(("batch",))))
-        self._shapes = {
-            name: tuple(max(run.batch[name].shape[axis] for run in runs) for axis in (0, 1))
-            for name in runs[0].batch
-        }
+        # A mask of dropout is drawn for a shape, and is to be the one that a member draws alone.
+        self._one_shape = backbone.cfg.dropout_rate > 0
         self._step = jax.jit(self._make_step(backbone))
 
     def _make_step(self, backbone: Backbone):
@@ -276,16 +289,32 @@ class _Group:
         return step
 
     def step(self, active: Sequence[_Run]) -> None:
-        """A step of the members that are `active`; the lanes of the others are idle."""
-        batch = {
-            name: np.stack(
-                [
-                    _padded(run.batch[name], shape) if run in active else np.zeros(shape, np.int32)
-                    for run in self.runs
-                ]
-            )
-            for name, shape in self._shapes.items()
-        }
+        """A step of the members that are `active`; the lanes of the others are idle.
+
+        Batches are padded to the longest of the step, which in length buckets is another one at
+        every step: there are as many compiled shapes as buckets. Members that are ahead count for
+        the length, so that one that catches up takes the shapes it would have taken with them.
+        """
+        active = [run for run in self.runs if run in active]
+        step = active[0].step
+        if self._one_shape:
+            alike: dict[tuple, list[_Run]] = {}
+            for run in active:
+                alike.setdefault(tuple(x.shape for x in run.batch.values()), []).append(run)
+            for together in alike.values():
+                self._step_of(together, [run.batch for run in together])
+        else:
+            ahead = [run.batch_at(step) for run in self.runs if run.step > step]
+            self._step_of(active, [run.batch for run in active] + ahead)
+
+    def _step_of(self, active: Sequence[_Run], batches: Sequence[Batch]) -> None:
+        """A step of `active` members, as long as the longest of `batches`."""
+        batch = {}
+        for name in active[0].batch:
+            shape = tuple(max(one[name].shape[axis] for one in batches) for axis in (0, 1))
+            idle = np.zeros(shape, np.int32)
+            rows = [_padded(run.batch[name], shape) if run in active else idle for run in self.runs]
+            batch[name] = np.stack(rows)
         states = self._step(
             [run.state for run in self.runs], self._frozen, jax.device_put(batch, self._rows)
         )
@@ -301,8 +330,9 @@ def _padded(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 def _grouped(runs: Sequence[_Run], backbone: Backbone) -> list[_Group]:
     """Members of one kind of loss together, as long as their rows are no less than half as long.
 
-    With dropout only rows of one shape go together: a mask is drawn for a shape, and is to be the
-    one that the member draws alone.
+    With dropout only members of like rows go together, since those of another shape take a step of
+    their own: see `_Group`. In packed rows the targets lie as far apart as the longest label is
+    long: it is the same in all.
     """
 
     def kind(run: _Run) -> tuple:
@@ -311,6 +341,8 @@ def _grouped(runs: Sequence[_Run], backbone: Backbone) -> list[_Group]:
         if backbone.cfg.dropout_rate > 0:
             found += tuple(x.shape for _, x in sorted(run.batch.items()))
             found += () if labels is None else labels.shape
+        elif labels is not None and "encoder_segments" in run.batch:
+            found += labels.shape[1:]
         return found
 
     def width(run: _Run) -> int:

@@ -52,11 +52,13 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of a checkout, None for an installed package."""
+    """The commit of a checkout, None for an installed package or without git."""
     root = pathlib.Path(__file__).parent.parent
     if not (root / ".git").exists():
         return None
-    found = subprocess.run(
-        ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # git is not installed.
+        return None
     return found.stdout.strip() or None

@@ -28,7 +28,10 @@ def run(
 ) -> int:
     """Tunes a prompt on an embedded data set and says what happened; returns the exit code."""
     began = time.monotonic()
-    task, steps, folder = task or TASK, steps or STEPS, pathlib.Path(output_dir)
+    task, folder = task or TASK, pathlib.Path(output_dir)
+    steps = STEPS if steps is None else steps
+    if steps < 1:
+        raise ValueError(f"--steps is {steps}, expected at least 1")
     data = softprompt.embedded_data(task)
     backbone = softprompt.load_backbone()
     say(

@@ -192,13 +192,15 @@ def _figures(found: Run) -> Html:
 
 
 def _rates(found: Run) -> Html:
-    if not found.train or "tokens_per_second" not in found.train[0]:
+    if not any("tokens_per_second" in row for row in found.train):
         return Html("")
+    # A population, which may have taken its turn at this run, knows no rates of one member.
+    timed = [row for row in found.train if "tokens_per_second" in row]
     rows = [
         (row["step"], row["loss"], row["tokens_per_second"], f"{100 * row['mfu']:.0f}%")
-        for row in found.train
+        for row in timed
     ]
-    speed = np.median([row["tokens_per_second"] for row in found.train])
+    speed = np.median([row["tokens_per_second"] for row in timed])
     header = ("step", "training loss", "tokens/s", "model FLOPs utilisation")
     listed = page.table(header, rows, "training loss and speed by step")
     title = f"training figures by step (median {speed:,.0f} tokens/s)"

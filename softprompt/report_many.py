@@ -98,7 +98,7 @@ def _sweep_plot(cells, lines, points, columns, axis: str, title: str) -> Html:
     for line, task, name in curves:
         found = [(i, cells.get((line, point, task))) for i, point in enumerate(points)]
         series[name] = [
-            (float(i), float(r["mean"]), float(r["standard_deviation"])) for i, r in found if r
+            (float(i), float(r["mean"]), float(r["standard_deviation"] or 0)) for i, r in found if r
         ]
     drawn = page.chart(series, title, axis, "score", places=points)
     return tag("div", drawn, class_="charts")
@@ -164,10 +164,10 @@ def folder_name(text: str) -> str:
 
 
 def _spread(cell: dict[str, str]) -> str:
-    mean, spread = float(cell["mean"]), float(cell["standard_deviation"])
+    mean, spread = float(cell["mean"]), cell["standard_deviation"]
     if math.isnan(mean):
         return "diverged"
-    return f"{mean:.1f}\u00a0±\u00a0{spread:.1f}" if int(cell["seeds"]) > 1 else f"{mean:.1f}"
+    return f"{mean:.1f}\u00a0±\u00a0{float(spread):.1f}" if spread else f"{mean:.1f}"
 
 
 # --- populations --------------------------------------------------------------------------------
@@ -177,6 +177,8 @@ def population_page(folder: pathlib.Path) -> str:
     """The ranking of a population's prompts, and the curves of the best of every task."""
     facts = json_object(folder / "population.json")
     members = _csv(folder / "population.csv")
+    if not members:
+        raise ValueError(f"{str(folder / 'population.csv')!r} holds no prompts")
     unlike = [k for k in members[0] if k not in ("rank", "name", "score", "figures")]
     unlike = [k for k in unlike if len({member[k] for member in members}) > 1]
     rows = []

@@ -81,11 +81,15 @@ def run(name: str, options: Options, plan_only: bool = False) -> bool:
         )
     if kind == COUNTS:
         more = compare.methods()
+    form = "reduced" if options.small and kind != COUNTS else "the paper's settings"
+    if options.bindings and form != "reduced":
+        form += " but for what was given"
     about: dict[str, Any] = {
         "title": f"{planned.experiment.title} ({name})",
         "backbone": ", ".join(options.backbones) if kind != COUNTS else "T5 1.1, shapes alone",
-        "form": "reduced" if options.small and kind != COUNTS else "the paper's settings",
+        "form": form,
         "reduced": planned.reduced,
+        "given": [f"{name}={value}" for name, value in options.bindings],
         "missing": planned.missing,
     }
     say(compare.write(name, planned.folder, about, measured, more))
@@ -107,9 +111,12 @@ def _run_ensembles(planned: Plan) -> bool:
 def _vote(model: str, task: str, planned: Plan, own: Bindings) -> None:
     """Evaluates the prompts of a task together, unless that was done since they were last saved."""
     folder = planned.folder / task
-    prompts = sorted((folder / "prompts").glob("*/prompts/best.safetensors"))
     config.parse(planned.files, [*planned.bindings, *own, ("MODEL_DIR", repr(str(folder)))])
     macros = config.macros()
+    # Of this plan's members: the folder may hold those of another one.
+    names = [members.name_of(member) for member in members.plan(macros)]
+    prompts = [folder / "prompts" / name / "prompts" / "best.safetensors" for name in names]
+    prompts = [path for path in prompts if path.exists()]  # One that diverged left none.
     settings = {name: macros[of] for name, of in transfer.CARRIED.items()}
     settings |= {
         "MIXTURE_OR_TASK_NAME": task,

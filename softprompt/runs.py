@@ -63,15 +63,24 @@ class Run:
 
 
 def json_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The objects of a JSON Lines file, none where there is none; a torn last line is left out."""
+    """The objects of a JSON Lines file, none where there is none; a torn last line is left out.
+
+    Raises:
+      CorruptFile: another line is no JSON; the message names the file and the line.
+    """
     if not path.is_file():
         return []
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    # No splitlines: it also splits at separators that JSON's strings may hold.
+    lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    for number, line in enumerate(lines, 1):
         try:
             found.append(json.loads(line))
-        except ValueError:
-            break
+        except ValueError as error:
+            if number < len(lines):
+                raise checkpoint.CorruptFile(
+                    f"{str(path)!r}, line {number}: no JSON: {error}"
+                ) from None
     return found
 
 
@@ -87,6 +96,8 @@ def read(folder: pathlib.Path, words: analysis.Words | None = None) -> Run:
       ValueError: it holds no run.
     """
     train = json_lines(folder / "train.jsonl")
+    if train and not {"step", "loss"} <= set(train[0]):
+        train = []  # Another program's: a data set, say.
     evaluations = json_lines(folder / "eval" / "metrics.jsonl")
     trains = bool(train or evaluations)
     files = sorted((folder / "eval" if trains else folder).glob("predictions/*.jsonl"))

@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib
+import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,6 +36,20 @@ def check_settings(dtype: str, lengths: Mapping[str, int], **counts: tuple[Any, 
     for name, (value, least) in counts.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} is {value!r}, expected an integer of at least {least}")
+
+
+def check_path(name: str, value: Any) -> None:
+    """Raises unless `value` can be a path."""
+    if not isinstance(value, str | os.PathLike):
+        raise ValueError(f"{name} is {value!r}, expected a path: \"'{value}'\" is text to gin")
+
+
+def check_numbers(**numbers: tuple[Any, float]) -> None:
+    """Raises unless each `NAME=(value, least)` is a finite number of at least `least`."""
+    for name, (value, least) in numbers.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or value < least:
+            raise ValueError(f"{name} is {value!r}, expected a number of at least {least:g}")
 
 
 def import_modules(modules: str | Sequence[str] | None) -> None:

@@ -25,6 +25,7 @@ from softprompt import checkpoint, config, data, launch, page, provenance, repor
 from softprompt import train as training
 from softprompt.logbook import duration, say
 from softprompt.report_many import folder_name
+from softprompt.settings import check_path
 
 BINARIES = ("train", "baseline")
 # The macro that names a binary's output folder.
@@ -84,6 +85,7 @@ class Outcome:
     score: float
     figures: Mapping[str, float]
     seconds: float
+    diverged: bool = False
 
 
 def read(macros: Mapping[str, Any]) -> Spec:
@@ -103,6 +105,7 @@ def read(macros: Mapping[str, Any]) -> Spec:
 
         return {str(name): [fill(s) for s in found] for name, found in settings.items()}
 
+    check_path("SWEEP_DIR", macros["SWEEP_DIR"])
     return Spec(
         pathlib.Path(macros["SWEEP_DIR"]),
         macros["TITLE"],
@@ -130,8 +133,8 @@ def settings_of(name: str, value: Any) -> Settings:
 def seeds_of(value: Any) -> Sequence[int]:
     """`value`, which must be a list of integers; else an error."""
     good = isinstance(value, Sequence) and all(type(s) is int for s in value)
-    if not good or not value:
-        raise ValueError(f"SEEDS is {value!r}, expected a list of integers such as [0, 1, 2]")
+    if not good or not value or len(set(value)) < len(value):
+        raise ValueError(f"SEEDS is {value!r}, expected different integers such as [0, 1, 2]")
     return value
 
 
@@ -185,6 +188,8 @@ def sweep(
             if outcome is None:
                 say(f"stopped during {run}; the same command goes on from here")
                 return False
+            if not outcome.figures and not outcome.diverged:
+                raise ValueError(f"{run} evaluated nothing (EVAL_SPLIT): a sweep compares figures")
             outcomes.append(outcome)
             spent.append(outcome.seconds)
             write(spec, outcomes)
@@ -233,14 +238,14 @@ def finished(run: Run) -> Outcome | None:
     path = run.folder / "result.json"
     if not path.exists():
         return None
-    found = json.loads(path.read_text())
-    if found["configuration"] != _identity():
+    found = checkpoint.read_object(path)
+    if found.get("configuration") != _identity():
         raise ValueError(
             f"{str(run.folder)!r} was made by another configuration than {run} has now; use "
             f"another SWEEP_DIR, or delete that folder"
         )
     score = math.nan if found["score"] is None else found["score"]
-    return Outcome(run, score, found["figures"], found["seconds"])
+    return Outcome(run, score, found["figures"], found["seconds"], found.get("diverged", False))
 
 
 def do(run: Run, binary: str) -> Outcome | None:
@@ -249,13 +254,14 @@ def do(run: Run, binary: str) -> Outcome | None:
     best_metric = config.macros().get("BEST_METRIC")
     began = time.monotonic()
     figures: Mapping[str, float]
+    diverged = False
     try:
         with config.errors():
             found = config.configured(getattr(launch, binary))()
     except training.Diverged as error:
         say(f"{run}: {error}")
         report.attempt(run.folder)
-        figures = {}
+        figures, diverged = {}, True
     except ValueError as error:
         raise ValueError(f"{run}: {error}") from None
     else:
@@ -264,9 +270,12 @@ def do(run: Run, binary: str) -> Outcome | None:
         figures = found.metrics if binary == "train" else found
     score = training.choose_metric(figures, best_metric) if figures else None
     seconds = time.monotonic() - began
-    record = {"score": score, "figures": figures, "seconds": seconds, "configuration": identity}
+    record = {
+        "score": score, "figures": figures, "seconds": seconds, "configuration": identity,
+        "diverged": diverged,
+    }  # fmt: skip
     checkpoint.write_atomically(run.folder / "result.json", json.dumps(record, indent=2).encode())
-    return Outcome(run, math.nan if score is None else score, figures, seconds)
+    return Outcome(run, math.nan if score is None else score, figures, seconds, diverged)
 
 
 # --- results ------------------------------------------------------------------------------------
@@ -299,9 +308,16 @@ def deviation(scores: Sequence[float]) -> float:
     return float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0
 
 
+def deviation_cell(scores: Sequence[float]) -> str:
+    """The deviation as a table's cell: empty for a single score, which has none."""
+    return f"{deviation(scores):.2f}" if len(scores) > 1 else ""
+
+
 def spread(scores: Sequence[float], digits: int = 1) -> str:
     """Mean ± sample standard deviation; the mean alone of a single score, which has no other."""
     mean = f"{np.mean(scores):.{digits}f}"
+    if mean == "nan":
+        return "diverged"
     return f"{mean} ± {deviation(scores):.{digits}f}" if len(scores) > 1 else mean
 
 
@@ -326,7 +342,7 @@ def write(spec: Spec, outcomes: Sequence[Outcome]) -> str:
     header = ("line", "point", "task", "seed", "score", "figures", "seconds")
     checkpoint.write_atomically(spec.folder / "results.csv", as_csv(header, rows))
     found = summary(spec, outcomes)
-    rows = [(*key, f"{np.mean(s):.2f}", f"{deviation(s):.2f}", len(s)) for key, s in found.items()]
+    rows = [(*key, f"{np.mean(s):.2f}", deviation_cell(s), len(s)) for key, s in found.items()]
     header = ("line", "point", "task", "mean", "standard_deviation", "seeds")
     checkpoint.write_atomically(spec.folder / "summary.csv", as_csv(header, rows))
     text = table(spec, found)

@@ -392,7 +392,8 @@ def fit(
     best = {"step": 0, "metric": None, "waited": 0, "metrics": {}}
     if model_dir is not None and (restored := checkpoint.restore_state(model_dir, state, say)):
         state, best = restored[0], restored[1]["best"]
-        _check_identity(restored[1]["identity"], dict(identity or {}), model_dir)
+        at = int(state["step"])
+        check_identity(restored[1]["identity"], dict(identity or {}), model_dir, at, train_steps)
         say(f"resuming from step {int(state['step'])} of {model_dir}")
     elif model_dir is not None and save and prompt is not None:
         # What drift is measured from: see `analysis`.
@@ -527,11 +528,39 @@ def _beside(
     return found
 
 
-def _check_identity(stored: Mapping[str, Any], ours: Mapping[str, Any], model_dir: Any) -> None:
+def check_resumable(model_dir: Any, identity: Mapping[str, Any], train_steps: int) -> None:
+    """Raises where MODEL_DIR holds another run, or this one at a step that it is not to reach.
+
+    By the header of the newest checkpoint: nothing is restored yet, and nothing written.
+    """
+
+    def newest() -> tuple[dict[str, Any], int] | None:
+        for step in reversed(checkpoint.steps(model_dir)):
+            with contextlib.suppress(checkpoint.CorruptFile):
+                return checkpoint.Arrays(checkpoint.step_path(model_dir, step)).metadata, step
+        return None
+
+    if found := hosts.shared(newest):
+        check_identity(found[0]["identity"], identity, model_dir, found[1], train_steps)
+
+
+def check_identity(
+    stored: Mapping[str, Any],
+    ours: Mapping[str, Any],
+    model_dir: Any,
+    step: int,
+    train_steps: int,
+) -> None:
+    """Raises where a checkpoint of `step` is not one of the run that `ours` describes."""
     if differ := checkpoint.differences(stored, ours):
         raise ValueError(
             f"MODEL_DIR {str(model_dir)!r} holds another run: {'; '.join(differ)}. Use another "
             f"MODEL_DIR, or give the same settings to go on"
+        )
+    if step > train_steps:
+        raise ValueError(
+            f"MODEL_DIR {str(model_dir)!r} is at step {step} already, TRAIN_STEPS is "
+            f"{train_steps}. Use another MODEL_DIR for a shorter run"
         )
 
 

@@ -26,7 +26,7 @@ CARRIED = {
         name: name
         for name in (
             "INITIAL_CHECKPOINT_PATH", "VOCABULARY_FILE", "DTYPE", "TASK_FEATURE_LENGTHS",
-            "MIXTURE_OR_TASK_MODULE", "EVAL_MODE", "DATA_PARTITIONS", "MODEL_PARTITIONS",
+            "MIXTURE_OR_TASK_MODULE", "EVAL_MODE", "WEIGHTS", "DATA_PARTITIONS", "MODEL_PARTITIONS",
         )
     },
 }  # fmt: skip
@@ -136,7 +136,7 @@ def transfer(
                 return False
             spent.append(trained.seconds)
         # A training that diverged has nothing to evaluate: its cells stay empty.
-        if trained.figures:
+        if not trained.diverged:
             for target in spec.targets:
                 # A task that is a target twice, by itself and in a mixture, counts once.
                 figures |= dict.fromkeys(evaluated(run, target, spec.split, macros))
@@ -205,7 +205,7 @@ def write(spec: Spec, figures: Sequence[Figure]) -> str:
     checkpoint.write_atomically(spec.folder / "results.csv", sweep.as_csv(header, rows))
     header = ("source", "target", "figure", "method", "mean", "standard_deviation", "seeds")
     rows = [
-        (*row, method, f"{np.mean(x):.2f}", f"{sweep.deviation(x):.2f}", len(x))
+        (*row, method, f"{np.mean(x):.2f}", sweep.deviation_cell(x), len(x))
         for row, of_methods in summary(figures).items()
         for method, x in of_methods.items()
     ]

@@ -195,22 +195,32 @@ def train(
 
     import sentencepiece
 
+    from softprompt import checkpoint
+
+    pathlib.Path(output).absolute().parent.mkdir(parents=True, exist_ok=True)
     paragraphs = (line for path in inputs for d in read_documents(path) for line in d.split("\n"))
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.Train(
-        sentence_iterator=itertools.islice(paragraphs, sentences),
-        model_writer=model,
-        vocab_size=size,
-        model_type="unigram",
-        pad_id=PAD_ID,
-        eos_id=EOS_ID,
-        unk_id=UNK_ID,
-        bos_id=-1,
-        character_coverage=0.9995,
-        split_digits=True,
-        normalization_rule_name="nmt_nfkc",
-        max_sentence_length=8000,
-        num_threads=os.cpu_count(),
-        minloglevel=1,
-    )
-    pathlib.Path(output).write_bytes(model.getvalue())
+    first = next(paragraphs, None)
+    if first is None:
+        raise ValueError(f"{', '.join(map(str, inputs))} hold no text to train a vocabulary on")
+    texts = itertools.chain([first], paragraphs)
+    try:
+        sentencepiece.SentencePieceTrainer.Train(
+            sentence_iterator=itertools.islice(texts, sentences),
+            model_writer=model,
+            vocab_size=size,
+            model_type="unigram",
+            pad_id=PAD_ID,
+            eos_id=EOS_ID,
+            unk_id=UNK_ID,
+            bos_id=-1,
+            character_coverage=0.9995,
+            split_digits=True,
+            normalization_rule_name="nmt_nfkc",
+            max_sentence_length=8000,
+            num_threads=os.cpu_count(),
+            minloglevel=1,
+        )
+    except RuntimeError as error:
+        raise ValueError(f"no vocabulary of {size} pieces from this text: {error}") from None
+    checkpoint.write_atomically(output, model.getvalue())

@@ -85,6 +85,11 @@ def _json_lines(path: pathlib.Path, lines, _) -> Iterator[tuple[int, dict[str, A
             raise ValueError(f"{path}:{number}: malformed JSON: {error}") from None
         if not isinstance(fields, dict):
             raise ValueError(f"{path}:{number}: expected a JSON object, got {line.strip()[:60]!r}")
+        if "\\u" in line:  # Only an escape can make text that no encoding holds.
+            try:
+                json.dumps(fields, ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                raise ValueError(f"{path}:{number}: half of a surrogate pair is no text") from None
         yield number, fields
 
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 import gin
-from softprompt import config, launch
+from softprompt import config, launch, train
 
 MODELS = [f for f in config.shipped() if f.startswith("models/") and f != "models/t5.gin"]
 PROMPTS = [f for f in config.shipped() if f.startswith("prompts/")]
@@ -97,6 +97,25 @@ def test_a_malformed_file_is_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="bad.gin") as error:
         config.parse([str(tmp_path / "bad.gin")])
     assert "\n" not in str(error.value)
+
+
+def test_an_error_that_gin_decorated_is_still_the_one_it_was():
+    @gin.configurable("raises_it")
+    def raises_it(kind):
+        raise kind("step 3")
+
+    for kind in (train.Diverged, ValueError):
+        with pytest.raises(ValueError, match="^step 3$") as found, config.errors():
+            raises_it(kind)
+        assert type(found.value) is kind
+
+
+def test_bindings_of_a_module_are_told_by_their_values():
+    files = ["models/t5_1_1_embedded.gin", "runs/prompt_classify.gin"]
+    config.parse(files, [("LEARNING_RATE", "0.2")], complete=False)
+    found = config.bindings("optim")
+    assert found["warmup_linear.peak"] == 0.2 and found["warmup_linear.steps"] == 300
+    assert found["adafactor.learning_rate"].startswith("@")
 
 
 def test_search_paths_find_files(tmp_path):

@@ -83,6 +83,30 @@ def test_a_data_set_of_ones_own_goes_through_flags_alone(tmp_path, rows, capsys)
     assert all(r["prediction"] in ("good", "bad") for r in found)
 
 
+def test_a_run_goes_on_with_its_own_settings_and_data_alone(tmp_path, rows, capsys):
+    flags = [f"--train_file={rows}", f"--validation_file={rows}", "--labels=good,bad"]
+    flags += ["--template={body}", "--target=mark"]
+    folder = tmp_path / "run"
+    assert train(folder, *flags) == 0
+    kept = (folder / "run.json").read_bytes(), (folder / "config.gin").read_bytes()
+    other = tmp_path / "other.jsonl"
+    other.write_text(rows.read_text().replace("grim", "sunny"))
+    for changed, message in (
+        ([*flags, "--gin.LEARNING_RATE=0.1"], "bindings was "),
+        ([*flags, "--gin.SEED=1"], "seed was 0, is now 1"),
+        ([*flags, "--gin.TRAIN_STEPS=2"], "is at step 3 already, TRAIN_STEPS is 2"),
+        ([f"--train_file={other}", *flags[1:]], "examples was "),
+        ([*flags, "--gin.EVAL_SPLIT=valid"], "EVAL_SPLIT is 'valid': user_task has train, valid"),
+    ):
+        capsys.readouterr()
+        assert train(folder, *changed) == 2
+        assert message in capsys.readouterr().err
+    # What is refused leaves the run as it was.
+    assert ((folder / "run.json").read_bytes(), (folder / "config.gin").read_bytes()) == kept
+    assert train(folder, *flags, "--gin.TRAIN_STEPS=4") == 0
+    assert "resuming from step 3" in capsys.readouterr().out
+
+
 def test_predictions_go_on_where_they_stopped_but_not_with_other_settings(
     tmp_path, rows, capsys, monkeypatch
 ):
@@ -151,6 +175,9 @@ def test_packed_rows_of_a_length_that_was_found_train_by_the_loss_among_labels(
                 ("MODEL_PARTITIONS=3", "a mesh of "),
                 ("TASK_FEATURE_LENGTHS={'inputs': 8}", "TASK_FEATURE_LENGTHS is {'inputs': 8}"),
                 (f"MODEL_DIR={__file__}/run", "cannot write"),
+                ("MODEL_DIR=2024", "MODEL_DIR is 2024, expected a path"),
+                ("LEARNING_RATE=nan", "LEARNING_RATE is 'nan', expected a number"),
+                ("SEED=abc", "SEED is 'abc', expected an integer"),
             )
         ),
     ],
@@ -244,6 +271,42 @@ def test_wrong_calls_are_sentences(tiny, pairs):
         softprompt.embedded_data("poems")
     with pytest.raises(ValueError, match="'negative' is not among the labels"):
         softprompt.tune(tiny, pairs, labels=["positive"], train_steps=1)
+    with pytest.raises(ValueError, match="train_steps is 0, expected an integer of at least 1"):
+        softprompt.tune(tiny, pairs, train_steps=0)
+    with pytest.raises(ValueError, match="prompt is the path 'x': give load_prompt of it"):
+        softprompt.generate(tiny, ["a film"], "x")
+    with pytest.raises(ValueError, match=r"prompt has shape \(2, 3\), expected \(P, 24\)"):
+        softprompt.generate(tiny, ["a film"], np.ones((2, 3)))
+    with pytest.raises(ValueError, match="an ensemble needs a list of one or more prompts"):
+        softprompt.ensemble(tiny, ["a film"], [])
+    with pytest.raises(ValueError, match="got no texts"):
+        softprompt.generate(tiny, [], [])
+
+
+def test_tuning_goes_on_with_its_own_data_and_rate_alone(tiny, pairs, tmp_path):
+    settings = dict(prompt_length=2, batch_size=4, model_dir=tmp_path)
+    softprompt.tune(tiny, pairs, train_steps=2, **settings)
+    with pytest.raises(ValueError, match="examples was "):
+        softprompt.tune(tiny, pairs[:8], train_steps=3, **settings)
+    with pytest.raises(ValueError, match="learning_rate was "):
+        softprompt.tune(tiny, pairs, train_steps=3, learning_rate=0.1, **settings)
+    assert softprompt.tune(tiny, pairs, train_steps=3, **settings).metadata["step"] == 3
+
+
+def test_text_commands_name_what_is_wrong(tmp_path, capsys):
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    words = ["vocabulary", f"--output={tmp_path / 'new' / 'v.model'}"]
+    few = tmp_path / "few.jsonl"
+    few.write_text('{"text": "a b c"}\n')
+    for flags, message in (
+        ([*words, str(tmp_path / "no.jsonl")], "no.jsonl': No such file"),
+        ([*words, str(empty)], "hold no text to train a vocabulary on"),
+        ([*words, str(few), "--size=9000"], "no vocabulary of 9000 pieces from this text"),
+    ):
+        assert main(flags) == 2
+        said = capsys.readouterr().err.strip().splitlines()
+        assert message in said[-1], said
 
 
 def test_a_sentinel_before_targets_is_remembered_by_the_prompt(tmp_path, rows, capsys):

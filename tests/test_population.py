@@ -1,17 +1,19 @@
 """A population ends where each of its prompts ends alone."""
 
 import dataclasses
+import itertools
 import json
 import os
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY
 
 from softprompt import backbone as backbones
-from softprompt import data, evaluation, optim, partition, population, prompted, train
+from softprompt import data, evaluation, lengths, optim, partition, population, prompted, train
 from softprompt.population import Member
 
 LENGTHS = {"inputs": 32, "targets": 8}
@@ -96,6 +98,54 @@ def test_members_of_one_shape_draw_the_dropout_they_draw_alone(vocabulary, pairs
         assert_same(outcome, alone(backbone, one))
 
 
+WORDS = "rain goals snow votes teams laws storms games courts clouds".split()
+UNEVEN = [(" ".join([word] * n), "positive" if n % 2 else "negative")
+          for n, word in enumerate(WORDS * 2, 1)]  # fmt: skip
+
+
+def bucketed(backbone, name, seed, length, **settings):
+    """A member whose batches are of three lengths."""
+    one = member(backbone, UNEVEN, ["positive", "negative"], name, seed=seed, length=length,
+                 **{"train_steps": 6, **settings})  # fmt: skip
+    examples = data.from_pairs(UNEVEN, backbone.vocabulary, LENGTHS)
+    slots = prompted.slots(backbone.cfg.vocab_size, length)
+    batches = lengths.bucketed_batches([examples], [1.0], 4, seed, slots, 3)
+    return dataclasses.replace(one, batches=batches)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_members_in_length_buckets_end_as_they_do_alone(vocabulary, dropout):
+    cfg = dataclasses.replace(SMALL, dropout_rate=dropout)
+    backbone = backbones.random(cfg, 0, vocabulary, partition.make_mesh(devices=1))
+    members = [bucketed(backbone, "a", 2, 5), bucketed(backbone, "b", 4, 3)]
+    widths = [
+        [x["encoder_ids"].shape[1] for x in itertools.islice(one.batches(0), 6)] for one in members
+    ]
+    assert max(max(x) for x in widths) > max(x[0] for x in widths), "later ones are longer"
+    for one, outcome in zip(members, population.fit(backbone, members), strict=True):
+        assert_same(outcome, alone(backbone, one))
+
+
+def test_a_member_in_length_buckets_catches_up_to_the_same_bits(tiny, tmp_path):
+    def made(folder, steps):
+        return [
+            bucketed(tiny, name, seed, 5, train_steps=n, model_dir=tmp_path / folder / name)
+            for (seed, name), n in zip(enumerate("ab"), steps, strict=True)
+        ]
+
+    whole = population.fit(tiny, made("whole", [6, 6]))
+    population.fit(tiny, made("cut", [6, 6]))
+    # One of them is where a kill left it.
+    checkpoints = tmp_path / "cut" / "b" / "checkpoints"
+    for path in checkpoints.glob("*.safetensors"):
+        path.unlink()
+    again = population.fit(tiny, made("cut", [6, 6]))
+    for one, other in zip(whole, again, strict=True):
+        assert one.result.trained[train.PROMPT].tobytes() == (
+            other.result.trained[train.PROMPT].tobytes()
+        )
+
+
 def test_patience_and_the_best_step_are_each_members_own(tiny, pairs):
     def judge(figures):
         left = iter(figures)
@@ -117,7 +167,7 @@ def test_patience_and_the_best_step_are_each_members_own(tiny, pairs):
 
 def test_one_that_diverges_ends_alone(tiny, pairs):
     broken = dataclasses.replace(
-        member(tiny, pairs, None, "broken"), optimizer=optim.adafactor(float("nan"))
+        member(tiny, pairs, None, "broken"), optimizer=optim.adafactor(lambda step: jnp.nan)
     )
     good = member(tiny, pairs, None, "good")
     found = population.fit(tiny, [broken, good])
@@ -197,6 +247,8 @@ def test_mistakes_are_sentences(tiny, pairs):
         population.fit(tiny, [dataclasses.replace(one, prompt=np.zeros((5, 3), np.float32))])
     with pytest.raises(ValueError, match="tunes plain prompts.*got TRAINABLE .*no prompt"):
         Member.of("a", {"prompt": None, "trainable": (".*",)})
+    with pytest.raises(ValueError, match="tunes plain prompts.*deep"):
+        Member.of("a", {"prompt": np.ones((2, 3)), "deep": np.ones((1, 2, 3))})
 
 
 def test_the_gradient_of_a_member_does_not_depend_on_the_others(tiny, pairs):

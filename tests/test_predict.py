@@ -92,6 +92,34 @@ def test_eval_takes_many_prompts_and_reads_each_once(tmp_path, files, capsys, mo
         assert message in capsys.readouterr().err
 
 
+def test_a_file_votes_once(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.npy").write_text("")
+    assert len(banks.listed(f"{tmp_path}/*.npy")) == 2
+    with pytest.raises(ValueError, match="names a file more than once: .*a.npy"):
+        banks.listed([f"{tmp_path}/*.npy", f"{tmp_path}/a.npy"])
+
+
+@pytest.mark.parametrize("line, flags, message", [
+    ('{"text": "a"}', ["--gin.LABELS='a,b'"], "LABELS is 'a,b', expected a list such as ['a'"),
+    ('{"text": "a"}', ["--gin.OUTPUT_FILE=FOLDER"], "is a folder, expected a file"),
+    ('{"text": "a"}', ["--gin.OUTPUT_FILE=FOLDER/rows.jsonl/x"], "cannot write"),
+    ('{"text": "a"}', ["--gin.TEMPERATURE=hot"], "TEMPERATURE is 'hot', expected a number"),
+    ('{"text": "a", "x": "\\ud83d"}', [], "rows.jsonl:1: half of a surrogate pair is no text"),
+    ('{"text": "a", "prompt": "' + 300 * "p" + '"}', ["--gin_file=runs/mixed_infer.gin"],
+     "which is neither a"),
+])  # fmt: skip
+def test_what_infer_cannot_do_is_a_sentence(tmp_path, capsys, line, flags, message):
+    (tmp_path / "rows.jsonl").write_text(line + "\n")
+    flags = [flag.replace("FOLDER", str(tmp_path)) for flag in flags]
+    assert main([
+        "infer", "--gin_file=models/t5_1_1_embedded.gin", "--gin_file=runs/prompt_infer.gin",
+        f"--gin.INPUT_FILE={tmp_path / 'rows.jsonl'}", "--gin.PROMPT_FILE=None",
+        f"--gin.OUTPUT_FILE={tmp_path / 'out.jsonl'}", *flags,
+    ]) == 2  # fmt: skip
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("files, names", [
     (["runs/a/best.npy", "runs/b/best.npy"], ["a", "b"]),
     (["x/a.npy", "y/z/b.npy"], ["x/a.npy", "y/z/b.npy"]),

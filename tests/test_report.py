@@ -188,6 +188,19 @@ def test_a_report_is_made_of_what_is_there(tmp_path):
         report.write(tmp_path / "nothing")
 
 
+def test_lines_end_where_json_lines_do(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"input": "a\u2028b\u0085c"}, {"input": "d"}]
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+    assert runs.json_lines(path) == rows
+    path.write_text('{"a": 1}\n{"a"\n{"a": 3}\n')
+    with pytest.raises(ValueError, match="rows.jsonl', line 2: no JSON"):
+        runs.json_lines(path)
+    write_lines(tmp_path / "train.jsonl", [{"text": "a data set"}])
+    with pytest.raises(ValueError, match="is no folder of a run or sweep"):
+        report.write(tmp_path)
+
+
 def test_an_evaluations_report_has_its_figures_and_predictions(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"task": "t-3", "method": "probe"}))
     (tmp_path / "t-3.json").write_text(json.dumps({"accuracy": 62.5}))

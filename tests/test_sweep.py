@@ -99,12 +99,37 @@ def test_a_sweep_runs_resumes_and_reports(tmp_path, small, capsys, monkeypatch):
     assert json.loads(next(out.rglob("result.json")).read_text())["seconds"] > 0
 
 
+def test_a_diverged_run_does_not_end_a_sweep(tmp_path, small, capsys):
+    flags = [*small, "--gin.SEEDS=[0]", "--gin.LEARNING_RATE=1e38"]
+    for _ in range(2):  # The second time from what the first left.
+        assert main(["sweep", *flags]) == 0
+        said = capsys.readouterr().out
+        assert "| tuned | 1 | diverged |" in said, said
+    rows = list(csv.DictReader(open(tmp_path / "out" / "summary.csv")))
+    assert {r["standard_deviation"] for r in rows} == {""}, "one seed has none"
+
+
+def test_ones_own_data_take_the_place_of_a_sweeps_tasks(tmp_path, small, capsys):
+    path = tmp_path / "rows.jsonl"
+    lines = [{"text": f"a {w} film", "label": i % 2} for i, w in enumerate("abcd")]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    own = [f"--train_file={path}", f"--validation_file={path}", "--labels=good,bad"]
+    assert main(["sweep", *small, *own, "--gin.SEEDS=[0]"]) == 0
+    rows = list(csv.DictReader(open(tmp_path / "out" / "results.csv")))
+    assert {r["task"] for r in rows} == {"user_task"} and len(rows) == 4
+    assert main(["transfer", f"--gin_file={MODEL}", "--gin_file=runs/transfer.gin", *own]) == 2
+    assert "softprompt transfer takes no --train_file" in capsys.readouterr().err
+
+
 def test_a_malformed_sweep_is_one_sentence():
     with pytest.raises(ValueError, match="a sweep needs SWEEP_DIR, TITLE"):
         sweep.read({})
     good = dict(SWEEP_DIR="x", TITLE="t", AXIS="a", POINTS={"1": ["A=1"]}, LINES={"": ["B=2"]},
                 TASKS={"t": []}, SEEDS=[0])  # fmt: skip
     assert sweep.read(good).seeds == [0]
-    for name, bad in (("POINTS", {"1": "A=1"}), ("LINES", {}), ("SEEDS", ["0"])):
+    for name, bad in (
+        ("POINTS", {"1": "A=1"}), ("LINES", {}), ("SEEDS", ["0"]), ("SEEDS", [0, 0]),
+        ("SWEEP_DIR", 1),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=f"{name} is .*expected"):
             sweep.read({**good, name: bad})

@@ -36,7 +36,7 @@ def test_a_plan_is_read_and_a_malformed_one_named():
         ({"TARGETS": []}, r"TARGETS is \[\], expected different task names"),
         ({"SOURCES": ["a", "a"]}, "SOURCES is .*, expected different task names"),
         ({"METHODS": {"a": "b"}}, "METHODS is .*, expected {'a name'"),
-        ({"SEEDS": [True]}, "SEEDS is .*, expected a list of integers"),
+        ({"SEEDS": [True]}, "SEEDS is .*, expected different integers"),
     ):
         with pytest.raises(ValueError, match=message):
             transfer.read({**MACROS, **change})
@@ -163,7 +163,7 @@ def test_a_run_stays_finished_in_a_larger_plan_alone():
         ("--gin.TARGET_SPLIT=dev", "task squad has no split 'dev'; it has train, validation"),
         ("--gin.METHODS={'a': ['x']}", "'x' is neither a .gin file nor NAME=value"),
         ("--gin.MIXTURE_OR_TASK_MODULE=no.such", "MIXTURE_OR_TASK_MODULE 'no.such': No module"),
-        ("--gin.SEEDS=3", "SEEDS is 3, expected a list of integers"),
+        ("--gin.SEEDS=3", "SEEDS is 3, expected different integers"),
     ],
 )
 def test_mistakes_are_found_before_anything_trains(tmp_path, capsys, flag, message):
