@@ -282,11 +282,15 @@ def _sweep(planned: Plan, options: Options) -> Plan:
     config.parse(files, sweep._known(bindings))
     spec = sweep.read(config.macros())
     runs = list(sweep.runs(spec))
-    groups = []
+    groups: list[needs.Group] = []
+    known: set[str] = set()
     for line in dict.fromkeys(run.line for run in runs):
         alike = [run for run in runs if run.line == line]
-        if sweep.configure(alike[-1], files, bindings, []) == "train":
+        binary = sweep.configure(alike[-1], files, bindings, [])
+        known |= set(config.macros())
+        if binary == "train":
             groups.append(_group(line or "prompt tuning", alike, files, bindings))
+    sweep.check_known(options.bindings, known)
     return dataclasses.replace(
         planned, files=files, bindings=bindings, runs=[str(run) for run in runs],
         reduced=_reductions(

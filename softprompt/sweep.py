@@ -15,7 +15,7 @@ import os
 import pathlib
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -170,8 +170,7 @@ def sweep(
     for run in planned:
         configure(run, files, bindings, search_paths)
         known |= set(config.macros())
-    if odd := [name for name, _ in bindings if "." not in name and name not in known]:
-        raise ValueError(f"--gin.{odd[0]}: no run of this sweep knows the name {odd[0]!r}")
+    check_known(bindings, known)
     outcomes, spent = [], []
     with data.keeping_records():
         for number, run in enumerate(planned, 1):
@@ -196,6 +195,12 @@ def sweep(
     table = write(spec, outcomes)
     say(f"{table}\n{len(outcomes)} runs in {spec.folder}: report.html, results.csv, plot.png")
     return True
+
+
+def check_known(bindings: Sequence[tuple[str, str]], known: Collection[str]) -> None:
+    """Raises where a binding names a macro that is not among those that the runs know."""
+    if odd := [name for name, _ in bindings if "." not in name and name not in known]:
+        raise ValueError(f"--gin.{odd[0]}: no run of this sweep knows the name {odd[0]!r}")
 
 
 def configure(run: Run, files, bindings, search_paths) -> str:

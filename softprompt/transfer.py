@@ -128,6 +128,8 @@ def transfer(
             left = ""
             if spent:
                 left = f", about {duration(np.mean(spent) * (len(planned) - number + 1))} left"
+            else:
+                _check_data(spec)
             say(f"--- training {number}/{len(planned)}: {run}{left}")
             trained = sweep.do(run, "train")
             jax.clear_caches()
@@ -156,6 +158,16 @@ def _check_tasks(spec: Spec, modules: str | Sequence[str] | None) -> None:
                     raise ValueError(
                         f"task {task.name} has no split {split!r}; it has {', '.join(task.splits)}"
                     )
+
+
+def _check_data(spec: Spec) -> None:
+    """Raises, before anything trains, where data that only a local folder can have is not there."""
+    from softprompt.tasks import sources
+
+    for names, split in ((spec.sources, "train"), (spec.targets, spec.split)):
+        for name in names:
+            for task, _ in data.get_tasks(name):
+                sources.check_local(task.name, split)
 
 
 def evaluation_folder(run: sweep.Run, target: str) -> pathlib.Path:

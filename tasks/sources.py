@@ -119,22 +119,37 @@ def rows(spec: Spec, split: str) -> Iterator[Row]:
 _specs: dict[str, Spec] = {}
 
 
-def check_at_hand(task: str, split: str) -> None:
-    """Raises, and reads no rows, where a benchmark task's split is not at hand.
+def check_local(task: str, split: str) -> bool:
+    """Whether a folder of the user's has a benchmark task's split (of other tasks, False).
 
-    Without a folder of the user's, TFDS must have prepared it: nothing is downloaded to find out.
+    Raises:
+      ValueError: it has not, and TFDS does not know the task either.
     """
     spec = _specs.get(task)
     if spec is None:
-        raise ValueError(f"{task!r} is not a benchmark task that this package brings")
+        return False
     source = spec.splits[split] if isinstance(spec.splits, Mapping) else split
     if local_file(spec.folder, source) is not None:
-        return
+        return True
     if spec.tfds_name is None:
         raise ValueError(
             f"the data of {task} is not at hand: name a folder that has "
             f"{spec.folder}/{source}.jsonl by --data_dir or SOFTPROMPT_DATA_DIR"
         )
+    return False
+
+
+def check_at_hand(task: str, split: str) -> None:
+    """Raises, and reads no rows, where a benchmark task's split is not at hand.
+
+    Without a folder of the user's, TFDS must have prepared it: nothing is downloaded to find out.
+    """
+    if check_local(task, split):
+        return
+    spec = _specs.get(task)
+    if spec is None:
+        raise ValueError(f"{task!r} is not a benchmark task that this package brings")
+    source = spec.splits[split] if isinstance(spec.splits, Mapping) else split
     try:
         prepared = seqio.LazyTfdsLoader(spec.tfds_name).builder.data_path.exists()
     except Exception as error:

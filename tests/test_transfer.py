@@ -164,9 +164,11 @@ def test_a_run_stays_finished_in_a_larger_plan_alone():
         ("--gin.METHODS={'a': ['x']}", "'x' is neither a .gin file nor NAME=value"),
         ("--gin.MIXTURE_OR_TASK_MODULE=no.such", "MIXTURE_OR_TASK_MODULE 'no.such': No module"),
         ("--gin.SEEDS=3", "SEEDS is 3, expected different integers"),
+        ("--gin.TARGETS=mrqa_subjqa_books", "the data of mrqa_subjqa_books is not at hand"),
     ],
 )
-def test_mistakes_are_found_before_anything_trains(tmp_path, capsys, flag, message):
+def test_mistakes_are_found_before_anything_trains(tmp_path, capsys, monkeypatch, flag, message):
+    monkeypatch.delenv("SOFTPROMPT_DATA_DIR", raising=False)
     assert main([
         "transfer", "--gin_file=models/t5_1_1_embedded.gin", "--gin_file=runs/transfer.gin",
         f"--gin.TRANSFER_DIR={tmp_path / 'out'}", flag,
