@@ -3,11 +3,15 @@
     python benchmarks/peers.py --data_dir=DIR --vocabulary_file=spiece.model \\
       --peft_python=PEFT_VENV/bin/python [--t5x_python=…] [--output=results.json]
 
-T5 1.1 small with random weights, a prompt of 100 vectors, the tasks at their real lengths. Each
+T5 1.1 with random weights, a prompt of 100 vectors, the tasks at their real lengths. Each
 side runs in a process of its own; repetitions take turns, so that other work on the machine
 disturbs all sides alike. Reported are medians over the repetitions, and medians of the ratios
 within a repetition. A peer that is not installed is reported as absent. Each figure is said and
 written to --output as soon as it is measured; the same command goes on where it was interrupted.
+
+    python benchmarks/peers.py --device=gpu --size=xl --tokens=tokens.npz --peft_python=…
+
+compares ours and PEFT on a GPU, in bfloat16, from token arrays that the first command wrote.
 """
 
 import argparse
@@ -45,7 +49,17 @@ CASES = (
     ("peft", "decode", "sorted"),
     ("t5x", "decode", "512"),
     ("ours", "rank", "buckets"),
+    ("int8", "train", "buckets"),
+    ("int8", "decode", "buckets"),
 )
+# T5 1.1's sizes: H, heads of 64, layers of each stack, width of the MLP.
+SIZES = {
+    "small": {"width": 512, "heads": 6, "layers": 8, "mlp": 1024},
+    "base": {"width": 768, "heads": 12, "layers": 12, "mlp": 2048},
+    "large": {"width": 1024, "heads": 16, "layers": 24, "mlp": 2816},
+    "xl": {"width": 2048, "heads": 32, "layers": 24, "mlp": 5120},
+    "xxl": {"width": 4096, "heads": 64, "layers": 24, "mlp": 10240},
+}
 # What start, checkpoint and memory are measured with.
 LAYOUTS = {"peft": ("longest", "512"), "t5x": ("512", "128")}
 # What a worker's figures are reported under.
@@ -77,14 +91,16 @@ for name in sorted({x.split(".")[0] for x in sys.argv[1:]}):
     except importlib.metadata.PackageNotFoundError:
         pass
 """
-# For every process, this one among them. The sides are compared on the CPU, whatever else is here;
-# without JAX's own filter the last line of an error is its message; no cache but what is measured.
+# For every process, this one among them: without JAX's own filter the last line of an error is its
+# message. On the CPU no side sees a GPU; on a GPU none takes its memory before it needs it.
 ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "CUDA_VISIBLE_DEVICES": "",
     "JAX_TRACEBACK_FILTERING": "off",
     "TOKENIZERS_PARALLELISM": "false",
     "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+ENVIRONMENT_OF = {
+    "cpu": {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""},
+    "gpu": {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
 }
 
 
@@ -155,14 +171,27 @@ def write_tokens(path: pathlib.Path, data_dir: str, vocabulary_file: str) -> Non
         np.savez(file, **arrays)
 
 
-def machine() -> dict[str, str]:
-    """What the figures were measured on."""
+def machine(device: str) -> dict[str, str]:
+    """What the figures were measured on.
+
+    Raises:
+      Failed: there is no such device.
+    """
     cpu = platform.processor()
     found = pathlib.Path("/proc/cpuinfo")
     if found.exists():
         lines = found.read_text(encoding="utf-8").splitlines()
         cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), cpu)
+    gpu = {}
+    if device == "gpu":
+        command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        try:
+            said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise Failed(f"--device=gpu: nvidia-smi finds none ({error})") from None
+        gpu = {"gpu": said.splitlines()[0].strip()}
     return {
+        **gpu,
         "cpu": cpu,
         "cores": str(len(os.sched_getaffinity(0))),
         "load_average": " ".join(f"{x:.1f}" for x in os.getloadavg()),
@@ -341,7 +370,10 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=5, help="per case and repetition")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--decode_length", type=int, default=8)
-    parser.add_argument("--layers", type=int, default=8, help="fewer: a trial of the command")
+    parser.add_argument("--layers", type=int, help="fewer: a trial of the command")
+    parser.add_argument("--size", choices=list(SIZES), default="small")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--remat", choices=("none", "minimal", "full"), default="none")
     parser.add_argument(
         "--cpu_time",
         action="store_true",
@@ -363,13 +395,17 @@ def main() -> None:
     tasks = args.tasks.split(",")
     if unknown := [name for name in tasks if name not in TASKS]:
         parser.error(f"--tasks: {', '.join(unknown)} is none of {', '.join(TASKS)}")
-    os.environ.update(ENVIRONMENT)
+    if args.device == "gpu" and (args.t5x_python or args.cpu_time):
+        parser.error("--device=gpu compares with PEFT alone, by the clock")
+    if args.t5x_python and args.size != "small":
+        parser.error("--t5x_python is for --size=small")
+    os.environ.update({**ENVIRONMENT, **ENVIRONMENT_OF[args.device]})
     os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    about = machine()
+    about = machine(args.device)
     # As `softprompt --cpu_devices` splits a CPU: as many as cores, as far as they divide a batch.
     cores = 1 if args.cpu_time else int(about["cores"])
     # Ours is imported here as well: what is on disk is then as warm for one as for the other.
@@ -387,24 +423,34 @@ def main() -> None:
         tokens = pathlib.Path(args.tokens) if args.tokens else folder / "tokens.npz"
         if args.data_dir:
             write_tokens(tokens, args.data_dir, args.vocabulary_file)
+        architecture = SIZES[args.size]
+        if args.layers:
+            architecture = {**architecture, "layers": args.layers}
         common = {
-            "prompt_length": 100, "dtype": "float32", "layers": args.layers,
-            "batch_size": args.batch_size, "decode_length": args.decode_length,
+            "device": args.device, "architecture": architecture, "prompt_length": 100,
+            "dtype": "float32" if args.device == "cpu" else "bfloat16", "weights": None,
+            "remat": args.remat, "batch_size": args.batch_size, "decode_length": args.decode_length,
             "batches": args.batches, "cpu_time": args.cpu_time,
             "cpu_devices": math.gcd(args.batch_size, cores),
         }  # fmt: skip
         local = {**common, "tokens": str(tokens)}
+        second = {
+            "cpu": ("bf16", {"dtype": "bfloat16"}),
+            "gpu": ("int8", {"weights": "int8"}),
+        }[args.device]
         sides = {
             "ours": (sys.executable, {**local, "side": "ours"}),
-            "bf16": (sys.executable, {**local, "side": "ours", "dtype": "bfloat16"}),
+            second[0]: (sys.executable, {**local, "side": "ours", **second[1]}),
         }
         for side, python in (("peft", args.peft_python), ("t5x", args.t5x_python)):
             if side in packages:
                 sides[side] = (python, {**local, "side": side})
-        same = {"tokens": digest(tokens), **{name: about[name] for name in ("cpu", "cores")}}
+        same = {"tokens": digest(tokens)}
+        same |= {name: about[name] for name in ("gpu", "cpu", "cores") if name in about}
         same |= {f"packages of {side}": found for side, found in packages.items()}
         record = Record(args.output, {**common, **same}, about, missing)
-        details = [] if args.no_details else details_due(sides, record, bool(args.data_dir))
+        training = bool(args.data_dir) and args.device == "cpu" and args.size == "small"
+        details = [] if args.no_details else details_due(sides, record, training)
         due = plan(sides, tasks, args.repetitions, record, details)
         progress = Progress(due, say)
         for name in details:
@@ -425,10 +471,13 @@ def main() -> None:
             said = ", ".join(f"{x} {value:.4g}" for x, value in found.items())
             progress.done(("details", name, "rte"), f"{name}: {said}")
         if len(due) > len(details):
-            workers = {side: Worker(*found) for side, found in sides.items()}
-            measure(workers, tasks, args.repetitions, record, progress)
-            for worker in workers.values():
-                worker.close()
+            # On a GPU one after the other: its memory holds one of them.
+            turns = [sides] if args.device == "cpu" else [{k: v} for k, v in sides.items()]
+            for together in turns:
+                workers = {side: Worker(*found) for side, found in together.items()}
+                measure(workers, tasks, args.repetitions, record, progress)
+                for worker in workers.values():
+                    worker.close()
     print("\n".join(report(record.found, tasks)))
 
 

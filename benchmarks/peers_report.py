@@ -13,7 +13,11 @@ RATIOS = (
     (("ours", "decode", "buckets"), ("t5x", "decode", "512"), "5"),
     (("ours", "decode", "buckets"), ("peft", "decode", "sorted"), "1.3"),
     (("ours", "rank", "buckets"), ("ours", "decode", "buckets"), "1"),
+    (("int8", "train", "buckets"), ("peft", "train", "longest"), "–"),
+    (("int8", "decode", "buckets"), ("peft", "decode", "sorted"), "–"),
 )
+# Other goals on a GPU.
+GPU_GOALS = {"1.5, WiC 1.2": "2", "1.3": "3"}
 
 
 def filled(kept: dict) -> str:
@@ -28,8 +32,10 @@ def _table(*header: str) -> list[str]:
 def report(found: dict, tasks: list[str]) -> list[str]:
     """Of a record: absent peers, medians of the rates and of the ratios within a repetition."""
     about, details = found["machine"], found["details"]
-    lines = [f"{about['cpu']}, {about['cores']} cores, load average {about['load_average']} at the "
-             f"start, Python {about['python']}.", ""]  # fmt: skip
+    gpu = f"{about['gpu']}; " if "gpu" in about else ""
+    cpu = f"{about['cpu']}, {about['cores']} cores"
+    load = f"load average {about['load_average']} at the start"
+    lines = [f"{gpu}{cpu}, {load}, Python {about['python']}.", ""]
     lines += [f"{name}: {x}." for name, x in found["settings"].items() if name.startswith("pack")]
     lines += [f"{peer}: {why}." for peer, why in found["missing"].items()]
     results = {task: found["results"].get(task, {}) for task in tasks}
@@ -56,6 +62,7 @@ def report(found: dict, tasks: list[str]) -> list[str]:
             ratios = [a / b for a, b in zip(*rates, strict=False)]
             cells.append(f"{statistics.median(ratios):.2f}" if ratios else "–")
         if set(cells) != {"–"}:
+            goal = GPU_GOALS.get(goal, goal) if gpu else goal
             lines.append(f"| {names[0]} / {names[1]} | {goal} | " + " | ".join(cells) + " |")
     if not details:
         return lines

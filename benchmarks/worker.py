@@ -3,9 +3,11 @@
     python benchmarks/worker.py SETTINGS
 
 SETTINGS is a JSON object: `side` (ours, peft; T5X has `t5x_worker.py`, with the same calls),
-`tokens` (an .npz of `peers.py`), `dtype`, `layers`, `batch_size`, `prompt_length`, `decode_length`,
-`batches` (per case), `cpu_devices` (of ours: what `softprompt --cpu_devices` is), `cpu_time` (one
-thread, and the process's own CPU seconds instead of the clock's). Weights are random.
+`tokens` (an .npz of `peers.py`), `device` (cpu or gpu), `architecture` (of a T5 1.1, see
+`peers.py`), `dtype`, `weights` and `remat` (of ours), `batch_size`, `prompt_length`,
+`decode_length`, `batches` (per case), `cpu_devices` (of ours: what `softprompt --cpu_devices` is),
+`cpu_time` (one thread, and the process's own CPU seconds instead of the clock's). Weights are
+random.
 """
 
 import contextlib
@@ -19,8 +21,7 @@ import time
 
 import numpy as np
 
-# T5 1.1 small: H, heads, head width, MLP width, embedding rows.
-WIDTH, HEADS, HEAD, MLP, ROWS = 512, 6, 64, 1024, 32128
+ROWS = 32128  # Of T5's embedding.
 
 
 def read_tokens(path: str, task: str, split: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -91,10 +92,11 @@ class Ours:
 
         self.jax, self.data, self.lengths, self.packing = jax, data, lengths, packing
         self.settings = settings
-        layers = settings["layers"]
+        made = settings["architecture"]
         cfg = dataclasses.replace(
-            t5.config("t5_1_1_small", dtype=settings["dtype"]),
-            num_encoder_layers=layers, num_decoder_layers=layers,
+            t5.config("t5_1_1_small", dtype=settings["dtype"]), remat=settings["remat"],
+            emb_dim=made["width"], num_heads=made["heads"], mlp_dim=made["mlp"],
+            num_encoder_layers=made["layers"], num_decoder_layers=made["layers"],
         )  # fmt: skip
         rows = settings["prompt_length"]
         self.cfg, self.throughput, self.prompted = cfg, throughput, prompted
@@ -104,11 +106,20 @@ class Ours:
         mesh = partition.make_mesh(devices=self.devices)
         self.rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
         put = lambda x: jax.device_put(x, partition.replicated(mesh))  # noqa: E731
-        shapes = tree.flatten(backbone.abstract(cfg)["params"])
-        rng = np.random.default_rng(0)
+
+        def draw(key: jax.Array, x: jax.ShapeDtypeStruct, path: str) -> jax.Array:
+            """A tensor, drawn where it stays: a large model's has no room on the host."""
+            if x.dtype == np.int8:
+                return jax.random.randint(key, x.shape, -127, 128, np.int8)
+            if path.endswith(":scale"):
+                return jax.numpy.full(x.shape, 0.05 / 73, x.dtype)
+            return 0.05 * jax.random.normal(key, x.shape, x.dtype)
+
+        make = jax.jit(draw, static_argnums=(1, 2), out_shardings=partition.replicated(mesh))
+        layout = backbone.layout(cfg, mesh, settings["weights"])
         frozen = {
-            path: put(0.05 * rng.standard_normal(x.shape, np.float32)).astype(cfg.dtype)
-            for path, x in shapes.items()
+            path: make(jax.random.key(i), jax.ShapeDtypeStruct(x.shape, x.dtype), path[-6:])
+            for i, (path, x) in enumerate(layout.items())
         }
         bank = np.random.default_rng(0).uniform(-0.5, 0.5, (rows, cfg.emb_dim))
         trainable = {train.PROMPT: put(bank.astype(np.float32))}
@@ -176,8 +187,9 @@ class Ours:
             np.asarray(self.score(self.frozen, batch["encoder_ids"], labels))
 
     def peak(self, clock) -> float:
-        """Operations per second of a matrix product of 1024: the fastest of some."""
-        x = self.jax.numpy.ones((1024, 1024), self.settings["dtype"])
+        """Operations per second of a large matrix product: the fastest of some."""
+        size = 1024 if self.settings["device"] == "cpu" else 8192
+        x = self.jax.numpy.ones((size, size), self.settings["dtype"])
         product = self.jax.jit(
             lambda a: self.jax.numpy.dot(a, a, preferred_element_type=self.jax.numpy.float32)
         )
@@ -187,7 +199,11 @@ class Ours:
             began = clock()
             product(x).block_until_ready()
             times.append(clock() - began)
-        return 2 * 1024**3 / min(times)
+        return 2 * size**3 / min(times)
+
+    def memory(self) -> int:
+        """Most bytes that were ever taken on the GPU."""
+        return self.jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
 
     def checkpoint(self, folder: str) -> None:
         from softprompt import checkpoint
@@ -205,16 +221,24 @@ class Peft:
 
         self.torch, self.settings = torch, settings
         torch.manual_seed(0)
+        made = settings["architecture"]
         cfg = T5Config(
-            vocab_size=ROWS, d_model=WIDTH, d_kv=HEAD, d_ff=MLP,
-            num_layers=settings["layers"], num_decoder_layers=settings["layers"],
-            num_heads=HEADS, feed_forward_proj="gated-gelu", tie_word_embeddings=False,
+            vocab_size=ROWS, d_model=made["width"], d_kv=64, d_ff=made["mlp"],
+            num_layers=made["layers"], num_decoder_layers=made["layers"],
+            num_heads=made["heads"], feed_forward_proj="gated-gelu", tie_word_embeddings=False,
             dropout_rate=0.0, decoder_start_token_id=0,
         )  # fmt: skip
+        self.device = torch.device("cuda" if settings["device"] == "gpu" else "cpu")
+        # Made where and as what it stays: a large model has no room on the host.
+        torch.set_default_dtype(getattr(torch, settings["dtype"]))
+        with self.device:
+            backbone = T5ForConditionalGeneration(cfg)
+        torch.set_default_dtype(torch.float32)
         kind = PromptTuningConfig(
             task_type=TaskType.SEQ_2_SEQ_LM, num_virtual_tokens=settings["prompt_length"]
         )
-        self.model = get_peft_model(T5ForConditionalGeneration(cfg), kind)
+        # Its attention is the fastest that the model has: PyTorch's own scaled dot product.
+        self.model = get_peft_model(backbone, kind).to(self.device)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=0.3)
 
@@ -240,18 +264,26 @@ class Peft:
         return {"examples": rows, "filled": filled, "positions": rows * (width + prompt)}
 
     def run(self, case: str, task: str, batch) -> None:
+        batch = {name: x.to(self.device) for name, x in batch.items()}
         if case == "train":
             self.model.train()
             self.model(**batch).loss.backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
+            if self.settings["device"] == "gpu":
+                self.torch.cuda.synchronize()
             return
         self.model.eval()
         with self.torch.no_grad():
-            self.model.generate(
+            found = self.model.generate(
                 input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
                 max_new_tokens=self.settings["decode_length"], do_sample=False, num_beams=1,
             )  # fmt: skip
+            found.cpu()
+
+    def memory(self) -> int:
+        """Most bytes that were ever taken on the GPU."""
+        return self.torch.cuda.max_memory_allocated()
 
     def checkpoint(self, folder: str) -> None:
         self.model.save_pretrained(folder)
@@ -268,7 +300,7 @@ def answer(side, settings: dict, prepared: dict, call: dict) -> dict:
     name = call["call"]
     clock = time.process_time if settings["cpu_time"] else time.perf_counter
     if name == "memory":
-        return {"bytes": peak_memory()}
+        return {"bytes": side.memory() if settings["device"] == "gpu" else peak_memory()}
     if name == "peak":
         return {"flops": side.peak(clock)}
     if name == "checkpoint":
