@@ -21,8 +21,11 @@ from softprompt.vocabulary import EOS_ID, Vocabulary
 
 Batch = dict[str, np.ndarray]
 LENGTH_MULTIPLE = 8
-# Two lengths per doubling: at most a third of a row is padding, and few shapes compile.
-EVAL_BUCKETS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+# Three lengths per doubling from 32 on: a quarter of a row is padding at most, few shapes compile.
+EVAL_BUCKETS = (
+    16, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512,
+    640, 768, 1024, 1280, 1536, 2048,
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
