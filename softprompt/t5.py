@@ -250,10 +250,14 @@ class Attention(nn.Module):
         self.out = Dense(cfg.emb_dim, ("joined_kv", "embed"), cfg.dtype)
 
     def _heads(self, x: Array) -> Array:
-        return x.reshape(*x.shape[:-1], self.cfg.num_heads, self.cfg.head_dim)
+        """`[B, S, A * D]` as `[B, A, S, D]`.
+
+        Heads come first: products over a cache that is kept otherwise copy it at every step.
+        """
+        return x.reshape(*x.shape[:-1], self.cfg.num_heads, self.cfg.head_dim).swapaxes(1, 2)
 
     def keys_values(self, x: Array) -> KV:
-        """Keys and values `[B, S, A, D]` of `x` `[B, S, H]`."""
+        """Keys and values `[B, A, S, D]` of `x` `[B, S, H]`."""
         return self._heads(self.key(x)), self._heads(self.value(x))
 
     def __call__(self, x: Array, kv: KV, bias: Array, deterministic: bool = True) -> Array:
@@ -262,14 +266,14 @@ class Attention(nn.Module):
         key, value = kv
         query = self._heads(self.query(x))
         # Logits and softmax in float32 whatever the activations are.
-        logits = product("bqad,bsad->baqs", query, key, jnp.float32)
+        logits = product("baqd,basd->baqs", query, key, jnp.float32)
         weights = jax.nn.softmax(logits + bias.astype(jnp.float32)).astype(cfg.dtype)
         if not deterministic and cfg.dropout_rate > 0:
             # One mask for all queries, as T5's own code has it.
             shape = (*weights.shape[:-2], 1, weights.shape[-1])
             keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - cfg.dropout_rate, shape)
             weights = weights * keep / (1 - cfg.dropout_rate)
-        y = product("baqs,bsad->bqad", weights.astype(cfg.dtype), value, cfg.dtype)
+        y = product("baqs,basd->baqd", weights.astype(cfg.dtype), value, cfg.dtype).swapaxes(1, 2)
         return self.out(y.reshape(*y.shape[:-2], -1))
 
 
@@ -517,8 +521,8 @@ class Decoder(nn.Module):
     def step(
         self, y: Array, index: Array, cache: list[KV], cross: list[KV], cross_mask: Array
     ) -> tuple[Array, list[KV]]:
-        """One position `y` `[B, 1, H]` at `index`, with `cache` entries `[B, L, A, D]`."""
-        length = cache[0][0].shape[1]
+        """One position `y` `[B, 1, H]` at `index`, with `cache` entries `[B, A, L, D]`."""
+        length = cache[0][0].shape[2]
         positions = jnp.arange(length)
         bias = self.relpos_bias(index[None], positions)
         bias = bias + jnp.where(positions <= index, 0.0, MASKED)
@@ -527,7 +531,7 @@ class Decoder(nn.Module):
         for layer, kept, cross_kv in zip(self.layers, cache, cross, strict=True):
             new = layer.self_keys_values(y)
             kv = tuple(
-                jax.lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), index, axis=1)
+                jax.lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), index, axis=2)
                 for old, x in zip(kept, new, strict=True)
             )
             updated.append(kv)
@@ -599,7 +603,7 @@ class T5(nn.Module):
     def start_decoding(self, encoded: Array, length: int) -> tuple[list[KV], list[KV]]:
         """Empty cache for `length` positions, and cross-attention keys and values, made once."""
         cfg = self.cfg
-        shape = (encoded.shape[0], length, cfg.num_heads, cfg.head_dim)
+        shape = (encoded.shape[0], cfg.num_heads, length, cfg.head_dim)
         cache = [
             (jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype))
             for _ in range(cfg.num_decoder_layers)
