@@ -18,10 +18,9 @@ import os
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from softprompt import backbone, optim, partition, prompted, t5, train, tree
+from softprompt import memory, optim, partition, t5
 
 KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
 OPERATION = re.compile(rf"= (.*?) ({KINDS})(?:-start)?\(")
@@ -96,35 +95,8 @@ def abstract_step(
     cfg: t5.T5Config, mesh: jax.sharding.Mesh, rows: int, batch: int, inputs: int, targets: int
 ) -> jax.stages.Lowered:
     """The train step of a prompt of `rows` vectors, lowered on shapes alone."""
-    variables = backbone.abstract(cfg, rows)
-    places = partition.shardings(variables, mesh)
-    everywhere = partition.replicated(mesh)
-
-    def shape(x, sharding, dtype=None):
-        return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=sharding)
-
-    params = {
-        path: shape(x, places[path], jnp.float32 if path == train.PROMPT else cfg.dtype)
-        for path, x in tree.flatten(variables["params"]).items()
-    }
-    trained, frozen = tree.split(params, ("prompt/.*",))
-    optimizer = optim.adafactor(0.3)
-    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
-    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
-    state = {
-        "trainable": trained,
-        "opt": jax.tree.map(
-            lambda x: shape(x, everywhere), jax.eval_shape(optimizer.init, trained)
-        ),
-        "step": count, "bad_step": count, "loss_sum": scalar, "count_sum": scalar,
-    }  # fmt: skip
-    over = partition.batch_sharding(mesh)
-    ids = {
-        name: jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=over)
-        for name, length in (("encoder_ids", rows + inputs), ("targets", targets))
-    }
-    step = train.make_step(prompted.PromptedT5(cfg, rows), optimizer)
-    return jax.jit(step, donate_argnums=0).lower(state, frozen, ids)
+    run = memory.Run(cfg, None, mesh, optim.adafactor(0.3), rows, batch, rows + inputs, targets)
+    return memory.lower(run)[0]
 
 
 def count(found: list[Collective]) -> dict[tuple[str, str, str], np.ndarray]:

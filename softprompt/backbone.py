@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from softprompt import checkpoint, formats, int8, partition, tree
 from softprompt.logbook import track
-from softprompt.prompted import PromptedT5
+from softprompt.prompted import BANK_AXES, PromptedT5
 from softprompt.t5 import T5Config
 from softprompt.vocabulary import AnyVocabulary
 
@@ -52,15 +52,25 @@ class Backbone:
         return np.asarray(int8.value(self.params, "token_embedder/embedding"), np.float32)
 
 
-@functools.cache
-def abstract(cfg: T5Config, rows: int = 0) -> dict[str, Any]:
-    """Shapes and logical axes (`params`, `params_axes`) of a prompted T5, without computing.
+def abstract(cfg: T5Config) -> dict[str, Any]:
+    """Shapes and logical axes (`params`, `params_axes`) of a T5, without computing.
 
-    Tracing takes most of a second for a dozen layers, and a run asks several times: kept, not to be
-    changed.
+    Tracing takes half a second for a dozen layers, and a run asks several times: kept for an
+    architecture, not to be changed.
     """
+    return _abstract(T5Config.from_json(cfg.to_json()))
+
+
+@functools.cache
+def _abstract(cfg: T5Config) -> dict[str, Any]:
     ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    return jax.eval_shape(PromptedT5(cfg, rows).init, jax.random.key(0), ids, ids)
+    return jax.eval_shape(PromptedT5(cfg).init, jax.random.key(0), ids, ids)
+
+
+def prompt_layout(cfg: T5Config, mesh: Mesh, rows: int) -> jax.ShapeDtypeStruct:
+    """Shape, type and sharding of a prompt bank `[rows, H]`."""
+    place = NamedSharding(mesh, partition.spec(BANK_AXES))
+    return jax.ShapeDtypeStruct((rows, cfg.emb_dim), jnp.float32, sharding=place)
 
 
 def layout(

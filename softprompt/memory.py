@@ -94,10 +94,7 @@ def lower(run: Run) -> tuple[jax.stages.Lowered, train.State, tree.Flat, dict[st
     """The run's train step, lowered, with the shapes of its state, frozen parameters and batch."""
     params: dict[str, Any] = dict(backbones.layout(run.cfg, run.mesh, run.weights))
     if run.prompt_length:
-        variables = backbones.abstract(run.cfg, run.prompt_length)
-        place = partition.shardings(variables, run.mesh)[train.PROMPT]
-        shape = (run.prompt_length, run.cfg.emb_dim)
-        params[train.PROMPT] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
+        params[train.PROMPT] = backbones.prompt_layout(run.cfg, run.mesh, run.prompt_length)
     trained, fixed = tree.split(params, run.trainable, run.frozen)
     train.check_trainable(trained)
     trained = {

@@ -21,6 +21,8 @@ from flax.linen import partitioning
 from softprompt.t5 import T5, Before, T5Config
 
 Array = jax.Array
+# Logical axes of a bank: see `partition`.
+BANK_AXES = ("prompt", "embed")
 
 
 class PromptBank(nn.Module):
@@ -39,7 +41,7 @@ class PromptBank(nn.Module):
             "bank",
             lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -0.5, 0.5),
             (self.rows, self.width),
-            axes=("prompt", "embed"),
+            axes=BANK_AXES,
         )
 
     def __call__(self, x: Array, ids: Array, first_slot: int) -> Array:

@@ -26,7 +26,7 @@ from softprompt import (
     throughput,
     tree,
 )
-from softprompt.backbone import Backbone, abstract
+from softprompt.backbone import Backbone, prompt_layout
 from softprompt.logbook import Logbook, say
 from softprompt.prompted import PromptedT5
 from softprompt.reparameterise import Mlp
@@ -379,7 +379,7 @@ def fit(
                 f"the prompt has shape {np.shape(prompt)}, expected (P, {backbone.cfg.emb_dim}) "
                 f"for the backbone {backbone.name!r}"
             )
-        place = partition.shardings(abstract(backbone.cfg, rows), backbone.mesh)[PROMPT]
+        place = prompt_layout(backbone.cfg, backbone.mesh, rows).sharding
         params[PROMPT] = partition.place(np.asarray(prompt, np.float32), place)
         beside = _beside(prompt, deep, reparameterisation, backbone, seed)
         everywhere = partition.replicated(backbone.mesh)
