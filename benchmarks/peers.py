@@ -68,6 +68,8 @@ PEERS = {"peft": "PEFT", "t5x": "T5X"}
 OURS = ("jax", "flax", "softprompt.train", "softprompt.packing")
 PEFT = ("torch", "transformers", "peft")
 T5X = (
+    "jax",
+    "flax",
     "t5x.trainer",
     "t5x.gin_utils",
     "flaxformer.architectures.t5.t5_architecture",
