@@ -50,7 +50,7 @@ def measure(run: memory.Run) -> int:
     import ctypes
 
     lowered, state, fixed, batch = memory.lower(run)
-    step = lowered.compile(compiler_options=train.compiler_options(run.cfg, fixed))
+    step = lowered.compile(compiler_options=train.compiler_options())
     ctypes.CDLL(None).malloc_trim(0)
     pathlib.Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")

@@ -126,7 +126,10 @@ class Ours:
         module, optimizer = prompted.PromptedT5(cfg, rows), optim.adafactor()
         self.state = train.init_state(trainable, optimizer, mesh)
         self.frozen = frozen
-        self.step = jax.jit(train.make_step(module, optimizer), donate_argnums=0)
+        self.step = jax.jit(
+            train.make_step(module, optimizer), donate_argnums=0,
+            compiler_options=train.compiler_options(),
+        )  # fmt: skip
         length = settings["decode_length"]
         params = lambda flat: tree.unflatten({**flat, **trainable})  # noqa: E731
         self.greedy = jax.jit(lambda flat, ids: decode.greedy(module, params(flat), ids, length))
@@ -187,19 +190,7 @@ class Ours:
             np.asarray(self.score(self.frozen, batch["encoder_ids"], labels))
 
     def peak(self, clock) -> float:
-        """Operations per second of a large matrix product: the fastest of some."""
-        size = 1024 if self.settings["device"] == "cpu" else 8192
-        x = self.jax.numpy.ones((size, size), self.settings["dtype"])
-        product = self.jax.jit(
-            lambda a: self.jax.numpy.dot(a, a, preferred_element_type=self.jax.numpy.float32)
-        )
-        product(x).block_until_ready()
-        times = []
-        for _ in range(8):
-            began = clock()
-            product(x).block_until_ready()
-            times.append(clock() - began)
-        return 2 * size**3 / min(times)
+        return self.throughput.measure_peak(self.settings["dtype"], clock)
 
     def memory(self) -> int:
         """Most bytes that were ever taken on the GPU."""

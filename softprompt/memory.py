@@ -126,7 +126,7 @@ def need(run: Run) -> Need:
     """Compiles the run's train step and reads off what it needs."""
     lowered, state, fixed, batch = lower(run)
     options = CPU_OPTIONS if jax.default_backend() == "cpu" else {}
-    found = lowered.compile(compiler_options=train.compiler_options(run.cfg, fixed) | options)
+    found = lowered.compile(compiler_options=train.compiler_options() | options)
     stats = found.memory_analysis()
     if stats is None:
         raise ValueError(f"the backend {jax.default_backend()!r} does not say what memory it needs")

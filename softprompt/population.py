@@ -233,7 +233,7 @@ class _Group:
         self._rows = NamedSharding(backbone.mesh, PartitionSpec(None, *partition.spec(("batch",))))
         # A mask of dropout is drawn for a shape, and is to be the one that a member draws alone.
         self._one_shape = backbone.cfg.dropout_rate > 0
-        self._step = jax.jit(self._make_step(backbone))
+        self._step = jax.jit(self._make_step(backbone), compiler_options=train.compiler_options())
 
     def _make_step(self, backbone: Backbone):
         members = [run.member for run in self.runs]

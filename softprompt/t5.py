@@ -27,7 +27,7 @@ KV = tuple[Array, Array]
 Before = Callable[[int, Array], Array]
 
 MASKED = -1e10
-# What the backward pass recomputes: nothing; all but the outputs of dense layers; whole layers.
+# What the backward pass recomputes: activation functions; all but dense layers; whole layers.
 REMAT = ("none", "minimal", "full")
 DENSE = "dense"
 
@@ -277,6 +277,18 @@ class Attention(nn.Module):
         return self.out(y.reshape(*y.shape[:-2], -1))
 
 
+@functools.partial(jax.checkpoint, static_argnums=0)
+def _activated(activations: tuple[str, ...], parts: list[Array]) -> Array:
+    """The product of the parts, each through its activation.
+
+    The backward pass computes it again: kept, a layer's widest arrays would lie in memory twice.
+    """
+    y = 1.0
+    for activation, z in zip(activations, parts, strict=True):
+        y = y * (z if activation == "linear" else getattr(jax.nn, activation)(z))
+    return y
+
+
 class Mlp(nn.Module):
     """Feed-forward block: `wi` (T5 1.0) or the gated pair `wi_0`, `wi_1` (T5 1.1), then `wo`."""
 
@@ -285,11 +297,12 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Array, deterministic: bool = True) -> Array:
         cfg = self.cfg
-        y = 1.0
-        for i, activation in enumerate(cfg.mlp_activations):
+        parts = []
+        for i in range(len(cfg.mlp_activations)):
             name = "wi" if len(cfg.mlp_activations) == 1 else f"wi_{i}"
-            z = Dense(cfg.mlp_dim, ("embed", "mlp"), cfg.dtype, name=name)(x, jnp.float32)
-            y = y * (z if activation == "linear" else getattr(jax.nn, activation)(z))
+            dense = Dense(cfg.mlp_dim, ("embed", "mlp"), cfg.dtype, name=name)
+            parts.append(dense(x, jnp.float32))
+        y = _activated(cfg.mlp_activations, parts)
         y = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))(y, deterministic=deterministic)
         return Dense(cfg.emb_dim, ("mlp", "embed"), cfg.dtype, name="wo")(y)
 

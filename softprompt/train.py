@@ -30,7 +30,6 @@ from softprompt.backbone import Backbone, prompt_layout
 from softprompt.logbook import Logbook, say
 from softprompt.prompted import PromptedT5
 from softprompt.reparameterise import Mlp
-from softprompt.t5 import T5Config
 
 State = dict[str, Any]
 PROMPT = "prompt/bank"
@@ -186,14 +185,13 @@ def make_step(
     return step
 
 
-def compiler_options(cfg: T5Config, frozen: tree.Flat) -> dict[str, Any]:
-    """XLA's options for a step: where memory is to be saved, its schedule must save it too.
+def compiler_options() -> dict[str, Any]:
+    """XLA's options for a step: its schedule must save the memory that the program does.
 
     XLA's CPU backend orders operations for concurrency unless told otherwise, and begins what the
     backward pass recomputes, and the wider copies of int8 weights, long before they are needed.
     """
-    lean = cfg.remat != "none" or any(x.dtype == jnp.int8 for x in frozen.values())
-    if not lean or jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu":
         return {}
     return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
@@ -412,7 +410,7 @@ def fit(
             microbatches,
         ),
         donate_argnums=0,
-        compiler_options=compiler_options(backbone.cfg, fixed),
+        compiler_options=compiler_options(),
     )
     log = Logbook(model_dir, start)
     whole = any(not path.startswith("prompt/") for path in trained)
