@@ -245,7 +245,9 @@ def parser() -> argparse.ArgumentParser:
     paper.add_argument("--output_dir", help="default: softprompt_reproduce")
     paper.add_argument("--list", action="store_true", help="print the names, run nothing")
     paper.add_argument(
-        "--plan", action="store_true", help="print what would run and what it needs, run nothing"
+        "--plan",
+        action="store_true",
+        help="print what would run and, by a few measured steps, what it needs; run no more",
     )
     paper.add_argument(
         "--reduced", action="store_true",

@@ -92,7 +92,11 @@ def read(
 
 def _short_names(paths: Sequence[str]) -> list[str]:
     """The shortest endings of the paths that tell them apart, without file endings."""
-    parts = [pathlib.PurePath(p).with_suffix("").parts for p in paths]
+    # A folder's name may hold a point: `sentiment-rate0.3-seed0`.
+    parts = [
+        (path if pathlib.Path(path).is_dir() else path.with_suffix("")).parts
+        for path in map(pathlib.PurePath, paths)
+    ]
     parts = [p[:-2] if p[-2:] == ("prompts", "best") and len(p) > 2 else p for p in parts]
     for count in range(1, max(map(len, parts)) + 1):
         names = ["/".join(p[-count:]) for p in parts]

@@ -314,7 +314,7 @@ def _tuning(
         log_period=log_period,
         checkpoint_period=checkpoint_period,
         model_dir=model_dir,
-        save=prompts.saver(about, labels),
+        save=prompts.saver({**about, **source.origin}, labels),
         identity={
             **about,
             "batch_size": batch_size,
@@ -331,7 +331,7 @@ def _tuning(
         deep=deep,
         reparameterisation=reparameterisation,
     )
-    return arguments, about
+    return arguments, {**about, **source.origin}
 
 
 def _rates(learning_rate: float | optax.Schedule, train_steps: int) -> float | list[float]:

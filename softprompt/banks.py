@@ -67,7 +67,8 @@ def listed(prompt_files: str | Sequence[Path]) -> list[str]:
     if twice := sorted({p for p, at in zip(found, places, strict=True) if places.count(at) > 1}):
         raise ValueError(f"PROMPT_FILES names a file more than once: {', '.join(twice)}")
     if len(found) < 2:
-        raise ValueError(f"PROMPT_FILES names {len(found)} files, expected two or more")
+        files = "file" if len(found) == 1 else "files"
+        raise ValueError(f"PROMPT_FILES names {len(found)} {files}, expected two or more")
     return found
 
 

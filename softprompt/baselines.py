@@ -111,8 +111,8 @@ def pooled(backbone: Backbone, examples: data.Examples, batch_size: int = 32) ->
 
 def probe(
     backbone: Backbone, train: data.Examples, task: EvalTask, seed: int = 0, most: int = 20_000
-) -> list[str]:
-    """Targets predicted by logistic regression on `pooled` states.
+) -> tuple[list[str], int]:
+    """Targets predicted by logistic regression on `pooled` states, and its parameters' number.
 
     Of `train`, at most `most` examples drawn at random are used. The regularisation is chosen among
     1e-3 … 10 by three-fold cross-validation on them (by fewer folds, or taken as 1, where a class
@@ -135,11 +135,13 @@ def probe(
     )
     targets = target_texts(part, backbone.vocabulary)
     if len(set(targets)) == 1:
-        return [targets[0]] * len(task.examples)
+        return [targets[0]] * len(task.examples), 0
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000))
     folds = min(3, *collections.Counter(targets).values())
     if folds > 1:
         strengths = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
         model = GridSearchCV(model, {"logisticregression__C": strengths}, cv=folds)
     model.fit(pooled(backbone, part), targets)
-    return model.predict(pooled(backbone, task.examples)).tolist()
+    scaler, linear = getattr(model, "best_estimator_", model)
+    count = sum(x.size for x in (scaler.mean_, scaler.scale_, linear.coef_, linear.intercept_))
+    return model.predict(pooled(backbone, task.examples)).tolist(), count

@@ -105,6 +105,10 @@ def per_task(cfg: t5.T5Config, length: int) -> dict[str, int]:
     }
 
 
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}%" if share >= 0.1 else f"{100 * share:.2g}%"
+
+
 def methods() -> list[str]:
     """Figure 4 as a Markdown table: parameters per task, and their share of the model's."""
     lines = ["| method | length | " + " | ".join(published.SIZES) + " |"]
@@ -117,7 +121,7 @@ def methods() -> list[str]:
             if method == "model tuning" and length > 1:
                 continue
             cells = [
-                f"{found[method]:,} ({100 * found[method] / total:.2g}%)"
+                f"{found[method]:,} ({_percent(found[method] / total)})"
                 for found, total in zip(columns, totals, strict=True)
             ]
             shown = "" if method == "model tuning" else str(length)

@@ -316,8 +316,8 @@ def _points(
 ) -> tuple[dict[str, Sequence[str]], list[str]]:
     """The points whose backbones are there, and what is missing of the others."""
     if not options.family:
-        missing = f"{', '.join(spec.points)} ({spec.axis}): they need the family of backbones that "
-        missing += "benchmarks/family.sh makes and --family names"
+        missing = f"the points {', '.join(spec.points)} ({spec.axis}) of the family of backbones "
+        missing += "that benchmarks/family.sh makes and --family names"
         if experiment.alone:
             return dict(experiment.alone), [missing]
         points = {}

@@ -203,9 +203,11 @@ def train(
     tasks = shared(load_tasks, mixture_or_task_name, mixture_or_task_module, user_data)
     class_labels = [evaluation.label_classes(task) for task, _ in tasks]
     initial = deep = None
+    origin: dict[str, Any] = {}
     if prompt_length:
         source = prompt.Source(backbone.embedding(), vocabulary, class_labels[0], backbone)
         initial = prompt_init(jax.random.key(seed), prompt_length, source)
+        origin = source.origin
         deep = prompt.deep_rows(backbone, initial, prompt_depth)
     batch_size = training.rows_for(batch_size, devices, microbatches)
     if stream:
@@ -287,6 +289,8 @@ def train(
     }
     training.check_resumable(folder, identity, train_steps)
     task_labels = {task.name: own for (task, _), own in zip(tasks, class_labels, strict=True)}
+    # What chose an initial prompt is no part of the run's identity: it may differ by rounding.
+    about |= origin
     provenance.write(folder, backbone, {**about, "labels": task_labels, **cost})
     count = tree.count({k: backbone.params[k] for k in int8.parameters(backbone.params)})
     say(

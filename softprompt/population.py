@@ -441,7 +441,7 @@ def _tell(
     rate = rounds / max(elapsed, 1e-9)
     left = duration(remaining / rate) if rate else ("?" if remaining else "0s")
     say(
-        f"step {furthest}  {len(going)} of {len(runs)} prompts  loss {np.mean(losses):.4f} "
+        f"step {furthest}  {len(going)} of {len(runs)} prompts left  loss {np.mean(losses):.4f} "
         f"({min(losses):.4f} to {max(losses):.4f})  {rate:.2f} steps/s  "
         f"{rates['tokens_per_second']:,.0f} tokens/s  MFU {100 * rates['mfu']:.0f}%  {left} left"
     )

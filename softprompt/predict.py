@@ -204,6 +204,7 @@ def baseline(
         backbone, 0, eval_mode, batch_size, task_feature_lengths["targets"]
     )
     figures: dict[str, float] = {}
+    trained = 0
     for source in sources:
         task = evaluation.from_task(source, split, task_feature_lengths, vocabulary)
         scores = None
@@ -225,13 +226,17 @@ def baseline(
             if method == "majority":
                 predictions = baselines.majority(train_set, task, vocabulary)
             else:
-                predictions = baselines.probe(backbone, train_set, task, seed)
+                predictions, count = baselines.probe(backbone, train_set, task, seed)
+                trained += count
         figures |= evaluation.judged(task, predictions, len(sources) > 1)
         if eval_output_dir is not None:
             path = pathlib.Path(eval_output_dir) / "predictions" / f"{task.name}.jsonl"
             evaluation.write_predictions(path, task, predictions, scores)
     labels = {source.name: evaluation.label_classes(source) for source in sources}
-    _report(mixture_or_task_name, split, figures, eval_output_dir, backbone, labels, method=method)
+    _report(
+        mixture_or_task_name, split, figures, eval_output_dir, backbone, labels, method=method,
+        trainable_parameters=trained, parameters_per_task=trained, bytes_per_task=8 * trained,
+    )  # fmt: skip
     return figures
 
 

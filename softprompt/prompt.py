@@ -26,13 +26,15 @@ POPULATION = 5000
 class Source:
     """What an initialiser may look at: embedding `[V, H]` float32, vocabulary, class labels.
 
-    With `backbone` (a `backbone.Backbone`) prompts of other backbones are refused.
+    With `backbone` (a `backbone.Backbone`) prompts of other backbones are refused. In `origin` an
+    initialiser notes what it chose, for the run's and the prompt's metadata.
     """
 
     embedding: np.ndarray
     vocabulary: Vocabulary | None = None
     class_labels: Sequence[str] | None = None
     backbone: Any = None
+    origin: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 Initializer = Callable[[jax.Array, int, Source], np.ndarray]
@@ -124,6 +126,7 @@ def file(
             f"the prompt {str(path)!r} has shape {prompt.shape}, expected {expected} "
             f"(PROMPT_LENGTH, width of the backbone)"
         )
+    source.origin["initialised_from"] = str(path)
     return prompt
 
 
@@ -207,7 +210,7 @@ def describe(
         "backbone_weights": backbone.weights,
         "task": task,
         "prompt_length": length,
-        "initialisation": getattr(init, "__name__", str(init)),
+        "initialisation": getattr(init, "__name__", str(init)) if length else None,
         "loss": loss,
         "seed": seed,
         **({} if deep is None else {"prompt_depth": len(deep) + 1}),

@@ -114,8 +114,9 @@ def _sweep_runs(folder: pathlib.Path, results) -> Html:
         told = "  ".join(f"{k} {v:,.4g}" for k, v in figures.items()) or "diverged"
         rows.append(
             (title, *([row["line"]] if named else []), row["task"], row["seed"],
-             float(row["score"]), told, float(row["seconds"]), weights.trained or "–",
-             size(weights.stored) if weights.stored else "–")
+             float(row["score"]), told, float(row["seconds"]),
+             "–" if weights.trained is None else weights.trained,
+             "–" if weights.stored is None else size(weights.stored))
         )  # fmt: skip
     header = ["point", *(["line"] if named else []), "task", "seed", "score", "figures", "seconds"]
     header += ["trained parameters", "stored"]

@@ -30,7 +30,7 @@ class Weights:
     Attributes:
       best_step: the step that was chosen.
       trained: number of parameters that were trained.
-      stored: bytes of the file that the run is kept for, its prompt or its backbone.
+      stored: bytes that are kept for the task, of its prompt or its backbone.
     """
 
     best_step: int | None = None
@@ -103,8 +103,8 @@ def read(folder: pathlib.Path, words: analysis.Words | None = None) -> Run:
     files = sorted((folder / "eval" if trains else folder).glob("predictions/*.jsonl"))
     if not trains and not files and not (folder / "run.json").is_file():
         raise ValueError(
-            f"{str(folder)!r} is no folder of a run or sweep: it holds none of train.jsonl, "
-            f"run.json, predictions and results.csv"
+            f"{str(folder)!r} is no folder of a run, sweep, population or transfer: it holds "
+            f"none of train.jsonl, run.json, predictions, results.csv and population.csv"
         )
     portrait = _portrait(folder, words)
     facts = json_object(folder / "run.json")
@@ -146,7 +146,7 @@ def _ensembles(folder: pathlib.Path, files: Sequence[pathlib.Path]) -> dict[str,
 
 
 def read_weights(folder: pathlib.Path) -> Weights:
-    """What the run in a folder trained, by the headers of its files."""
+    """What the run in a folder trained, by run.json or, without it, the headers of its files."""
     best = folder / "checkpoints" / "best.safetensors"
     prompt = folder / "prompts" / "best.safetensors"
     step = arrays = None
@@ -158,7 +158,11 @@ def read_weights(folder: pathlib.Path) -> Weights:
         step = arrays.metadata.get("step")
     trained = arrays and sum(math.prod(shape) for shape in arrays.shapes.values())
     kept = [p for p in (prompt, folder / "backbone" / "model.safetensors") if p.is_file()]
-    return Weights(step, trained, sum(p.stat().st_size for p in kept) if kept else None)
+    stored = sum(p.stat().st_size for p in kept) if kept else None
+    said = json_object(folder / "run.json")
+    return Weights(
+        step, said.get("trainable_parameters", trained), said.get("bytes_per_task", stored)
+    )
 
 
 def _portrait(folder: pathlib.Path, words: analysis.Words | None) -> dict[str, Any] | None:
@@ -196,10 +200,15 @@ def _predictions(
     return found
 
 
+# Commands that make many runs.
+MANY = (["sweep"], ["population"])
+
+
 def command_line(facts: Mapping[str, Any], folder: str | os.PathLike | None = None) -> str | None:
     """The command of run.json, quoted for a shell, in its directory; None if there is none.
 
-    With `folder`, a run that was one of a sweep is made alone, from its own configuration there.
+    With `folder`, a run that was one of a sweep or population is made alone, from its own
+    configuration there.
     """
     command = facts.get("command")
     if not command:
@@ -208,7 +217,7 @@ def command_line(facts: Mapping[str, Any], folder: str | os.PathLike | None = No
     name = pathlib.PurePath(program).name
     if name == "__main__.py" and pathlib.PurePath(program).parent.name == "softprompt":
         name = "softprompt"
-    if folder is not None and name == "softprompt" and arguments[:1] == ["sweep"]:
+    if folder is not None and name == "softprompt" and arguments[:1] in MANY:
         binary = "baseline" if "method" in facts else "train"
         config = os.path.abspath(pathlib.Path(folder) / "config.gin")
         arguments = [binary, f"--gin_file={config}", *_data_flags(arguments)]

@@ -74,8 +74,8 @@ def most_similar(
 ) -> np.ndarray:
     """Initialiser: the candidate most similar to a trial prompt of the target task.
 
-    Says all similarities and which one it takes. The candidates' P must be `length`, the trial may
-    have another; all must be of the same backbone.
+    Says and notes all similarities and which one it takes. The candidates' P must be `length`, the
+    trial may have another; all must be of the same backbone.
 
     Args:
       candidates: prompt files, or a pattern such as `runs/*/prompts/best.safetensors`.
@@ -98,5 +98,7 @@ def most_similar(
     for i, value in order:
         say(f"similarity {value:+.4f}  {paths[i]}")
     best, value = order[0]
+    source.origin["initialised_from"] = paths[best]
+    source.origin["similarities"] = {paths[i]: round(found, 4) for i, found in order}
     say(f"starting from {paths[best]}, similarity {value:+.4f} ({measure}) to {trial}")
     return arrays[best]

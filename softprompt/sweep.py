@@ -229,13 +229,18 @@ def _known(bindings: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 
 def _identity() -> str:
     """A digest of the configuration, less the plan it belongs to and where it is written."""
+    return hashlib.sha256("\n".join(_settings(config.operative())).encode()).hexdigest()[:16]
+
+
+def _settings(text: str) -> list[str]:
+    """A configuration's lines, but for those of the plan and of where it is written."""
     kept, keep = [], True
-    for line in config.operative().splitlines():
+    for line in text.splitlines():
         if not line.startswith(" "):  # Else it goes on with the binding above it.
             keep = line.split(" = ")[0] not in PLAN
         if keep:
             kept.append(line)
-    return hashlib.sha256("\n".join(kept).encode()).hexdigest()[:16]
+    return kept
 
 
 def finished(run: Run) -> Outcome | None:
@@ -245,9 +250,15 @@ def finished(run: Run) -> Outcome | None:
         return None
     found = checkpoint.read_object(path)
     if found.get("configuration") != _identity():
+        before = run.folder / "config.gin"
+        was = _settings(before.read_text(encoding="utf-8")) if before.is_file() else []
+        now = _settings(config.operative())
+        told = [f"now {line.strip()}" for line in now if line not in was and " = " in line]
+        told += [f"before {line.strip()}" for line in was if line not in now and " = " in line]
         raise ValueError(
-            f"{str(run.folder)!r} was made by another configuration than {run} has now; use "
-            f"another SWEEP_DIR, or delete that folder"
+            f"{str(run.folder)!r} was made by another configuration than {run} has now "
+            f"({'; '.join(told[:4]) or 'of an earlier version'}); give the same settings to go on, "
+            f"another output folder, or delete that one"
         )
     score = math.nan if found["score"] is None else found["score"]
     return Outcome(run, score, found["figures"], found["seconds"], found.get("diverged", False))
@@ -428,7 +439,8 @@ def plot(
     axes.minorticks_off()
     axes.set(xlabel=spec.axis, ylabel="score", title=spec.title)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize="small")
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=150)
     plt.close(figure)

@@ -26,8 +26,10 @@ INT = tf.TensorSpec([], tf.int64)
 
 
 def use_data_dir(folder: str | os.PathLike | None) -> None:
-    """Names the folder of local data sets, over SOFTPROMPT_DATA_DIR."""
+    """Names the folder of local data sets, over SOFTPROMPT_DATA_DIR; it must be there."""
     global _data_dir
+    if folder is not None and not os.path.isdir(folder):
+        raise ValueError(f"--data_dir {str(folder)!r}: there is no such folder")
     _data_dir = None if folder is None else str(folder)
 
 

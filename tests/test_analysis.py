@@ -136,6 +136,14 @@ def test_what_a_prompt_started_from_is_found_beside_it(tmp_path, rng):
         analysis.read([tmp_path / "other.npy"], tmp_path / "short.npy")
 
 
+def test_a_folder_s_name_is_kept_whole_though_it_holds_a_point(tmp_path, rng):
+    names = ["task-rate0.3-seed0", "task-rate0.1-seed0"]
+    for name in names:
+        path = tmp_path / name / "prompts" / "best.safetensors"
+        prompts.write(path, rng.normal(size=(2, 8)).astype(np.float32), {})
+    assert [p.name for p in analysis.read([tmp_path / name for name in names])] == names
+
+
 def test_prompts_of_two_widths_are_refused(tmp_path, rng):
     for width in (8, 9):
         np.save(tmp_path / f"{width}.npy", rng.normal(size=(2, width)).astype(np.float32))

@@ -106,12 +106,14 @@ def test_pooled_states_do_not_see_padding_or_batch_mates(tiny, train):
 
 def test_the_probe_learns_what_the_states_hold(embedded, train):
     task = evaluation.from_pairs(train, LABELS)
-    found = baselines.probe(embedded, train, task)
+    found, count = baselines.probe(embedded, train, task)
+    # Two classes: one weight per state, an intercept, and mean and scale of every state.
+    assert count == 3 * embedded.cfg.emb_dim + 1
     assert task.judge(found)["accuracy"] >= 80
     two = data.Examples("two", train.inputs[5:7], train.targets[5:7], train.records[5:7], {})
-    assert set(baselines.probe(embedded, two, task)) <= set(LABELS), "one example of each class"
+    assert set(baselines.probe(embedded, two, task)[0]) <= set(LABELS), "one example of each class"
     one = data.Examples("one", train.inputs[:2], train.targets[:2], train.records[:2], {})
-    assert baselines.probe(embedded, one, task) == ["positive"] * 12
+    assert baselines.probe(embedded, one, task) == (["positive"] * 12, 0)
     with pytest.raises(ValueError, match="'probe' is for tasks with labels, reviews has none"):
         baselines.probe(embedded, train, evaluation.from_pairs(train, None))
 

@@ -86,7 +86,7 @@ def test_eval_takes_many_prompts_and_reads_each_once(tmp_path, files, capsys, mo
     assert "examples/s together" in page and "prompts stand behind a vote" in page
     for value, message in (
         ("['/no/*.safetensors']", "PROMPT_FILES: no file fits the pattern '/no/*.safetensors'"),
-        (f"['{files}/a.safetensors']", "PROMPT_FILES names 1 files, expected two or more"),
+        (f"['{files}/a.safetensors']", "PROMPT_FILES names 1 file, expected two or more"),
     ):
         assert main([*command, f"--gin.PROMPT_FILES={value}"]) == 2
         assert message in capsys.readouterr().err

@@ -163,6 +163,8 @@ def test_the_reproduce_line_is_the_command(run):
     assert shlex.split(runs.command_line(facts, "/f").replace("\\\n", "")) == [
         "softprompt", "train", "--gin_file=/f/config.gin", "--data_dir=d",
     ]  # fmt: skip
+    member = {"command": ["softprompt", "population", "--gin_file=p.gin"]}
+    assert "train --gin_file=/f/config.gin" in runs.command_line(member, "/f").replace(" \\\n ", "")
     assert runs.command_line(facts) == "softprompt sweep \\\n  --gin_file=s.gin \\\n  --data_dir=d"
     assert runs.command_line({}) is None
 
@@ -184,7 +186,7 @@ def test_a_report_is_made_of_what_is_there(tmp_path):
         file.write('{"step": 2, "lo')
     said = read(report.write(tmp_path))[1].text
     assert "training loss 0.5 at step 1" in said and "This run left no command" in said
-    with pytest.raises(ValueError, match="is no folder of a run or sweep: it holds none of"):
+    with pytest.raises(ValueError, match="is no folder of a run, .*: it holds none of"):
         report.write(tmp_path / "nothing")
 
 
@@ -197,7 +199,7 @@ def test_lines_end_where_json_lines_do(tmp_path):
     with pytest.raises(ValueError, match="rows.jsonl', line 2: no JSON"):
         runs.json_lines(path)
     write_lines(tmp_path / "train.jsonl", [{"text": "a data set"}])
-    with pytest.raises(ValueError, match="is no folder of a run or sweep"):
+    with pytest.raises(ValueError, match="is no folder of a run"):
         report.write(tmp_path)
 
 
@@ -214,7 +216,7 @@ def test_the_command_writes_a_report_again(run, capsys):
     assert main(["report", str(run)]) == 0
     assert f"{run}/report.html written" in capsys.readouterr().out
     assert main(["report", str(run / "eval" / "nothing")]) == 2
-    assert "is no folder of a run or sweep" in capsys.readouterr().err
+    assert "is no folder of a run" in capsys.readouterr().err
 
 
 # --- runs end with one, whatever happens to it --------------------------------------------------

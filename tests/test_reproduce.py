@@ -39,6 +39,11 @@ def rows_at(root, *folders):
     return root
 
 
+def test_data_is_looked_for_in_a_folder_that_is_there(tmp_path, capsys):
+    assert main(["reproduce", "table2", "--plan", f"--data_dir={tmp_path / 'none'}"]) == 2
+    assert "none': there is no such folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_name_has_a_plan_on_the_embedded_backbone_alone(name, tmp_path):
     planned = plan(name, Options(output_dir=tmp_path))

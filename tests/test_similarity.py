@@ -53,6 +53,10 @@ def test_training_starts_from_the_most_similar_candidate(tiny, rng, tmp_path, ca
     )  # fmt: skip
     for measure in similarity.MEASURES:
         np.testing.assert_array_equal(choose(measure=measure), arrays["near"])
+    noted = source.origin
+    assert noted["initialised_from"].endswith("c_near.safetensors")
+    assert list(noted["similarities"])[0] == noted["initialised_from"]
+    assert len(noted["similarities"]) == 3
     said = capsys.readouterr().out
     assert "starting from" in said and "c_near.safetensors, similarity +" in said
     assert said.count("similarity -") == 2, "the far one, once by each measure"

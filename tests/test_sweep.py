@@ -95,7 +95,8 @@ def test_a_sweep_runs_resumes_and_reports(tmp_path, small, capsys, monkeypatch):
     assert "no run of this sweep knows the name 'BATCH_SISE'" in capsys.readouterr().err
     # A run by other settings is not taken for this one's.
     assert main(["sweep", *small, "--gin.LEARNING_RATE=0.2"]) == 2
-    assert "was made by another configuration" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "was made by another configuration" in said and "now LEARNING_RATE = 0.2" in said
     assert json.loads(next(out.rglob("result.json")).read_text())["seconds"] > 0
 
 
