@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from softprompt import memory, optim, partition, t5, train
+from softprompt import memory, optim, partition, t5
 
 PROMPT, INPUTS, TARGETS = 100, 512, 16
 
@@ -50,7 +50,7 @@ def measure(run: memory.Run) -> int:
     import ctypes
 
     lowered, state, fixed, batch = memory.lower(run)
-    step = lowered.compile(compiler_options=train.compiler_options())
+    step = lowered.compile()
     ctypes.CDLL(None).malloc_trim(0)
     pathlib.Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")

@@ -126,10 +126,7 @@ class Ours:
         module, optimizer = prompted.PromptedT5(cfg, rows), optim.adafactor()
         self.state = train.init_state(trainable, optimizer, mesh)
         self.frozen = frozen
-        self.step = jax.jit(
-            train.make_step(module, optimizer), donate_argnums=0,
-            compiler_options=train.compiler_options(),
-        )  # fmt: skip
+        self.step = train.jit_step(train.make_step(module, optimizer))
         length = settings["decode_length"]
         params = lambda flat: tree.unflatten({**flat, **trainable})  # noqa: E731
         self.greedy = jax.jit(lambda flat, ids: decode.greedy(module, params(flat), ids, length))

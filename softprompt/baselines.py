@@ -112,7 +112,7 @@ def pooled(backbone: Backbone, examples: data.Examples, batch_size: int = 32) ->
 def probe(
     backbone: Backbone, train: data.Examples, task: EvalTask, seed: int = 0, most: int = 20_000
 ) -> tuple[list[str], int]:
-    """Targets predicted by logistic regression on `pooled` states, and its parameters' number.
+    """Targets predicted by logistic regression on `pooled` states, and how many weights it has.
 
     Of `train`, at most `most` examples drawn at random are used. The regularisation is chosen among
     1e-3 … 10 by three-fold cross-validation on them (by fewer folds, or taken as 1, where a class
@@ -142,6 +142,7 @@ def probe(
         strengths = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
         model = GridSearchCV(model, {"logisticregression__C": strengths}, cv=folds)
     model.fit(pooled(backbone, part), targets)
-    scaler, linear = getattr(model, "best_estimator_", model)
-    count = sum(x.size for x in (scaler.mean_, scaler.scale_, linear.coef_, linear.intercept_))
+    _, linear = getattr(model, "best_estimator_", model)
+    # The scaler's mean and deviation fold into them.
+    count = linear.coef_.size + linear.intercept_.size
     return model.predict(pooled(backbone, task.examples)).tolist(), count

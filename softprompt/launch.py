@@ -289,8 +289,8 @@ def train(
     }
     training.check_resumable(folder, identity, train_steps)
     task_labels = {task.name: own for (task, _), own in zip(tasks, class_labels, strict=True)}
-    # What chose an initial prompt is no part of the run's identity: it may differ by rounding.
-    about |= origin
+    # What an initial prompt was chosen by is no part of the run's identity: rounding may change it.
+    about = {**about, **(origin if prompt_length else {"initialisation": None})}
     provenance.write(folder, backbone, {**about, "labels": task_labels, **cost})
     count = tree.count({k: backbone.params[k] for k in int8.parameters(backbone.params)})
     say(

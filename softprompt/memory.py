@@ -118,7 +118,7 @@ def lower(run: Run) -> tuple[jax.stages.Lowered, train.State, tree.Flat, dict[st
         label_ids=label_ids,
         microbatches=run.microbatches,
     )
-    lowered = jax.jit(step, donate_argnums=0).lower(state, fixed, batch)
+    lowered = train.jit_step(step).lower(state, fixed, batch)
     return lowered, state, fixed, batch
 
 
@@ -126,7 +126,7 @@ def need(run: Run) -> Need:
     """Compiles the run's train step and reads off what it needs."""
     lowered, state, fixed, batch = lower(run)
     options = CPU_OPTIONS if jax.default_backend() == "cpu" else {}
-    found = lowered.compile(compiler_options=train.compiler_options() | options)
+    found = lowered.compile(compiler_options=options)
     stats = found.memory_analysis()
     if stats is None:
         raise ValueError(f"the backend {jax.default_backend()!r} does not say what memory it needs")

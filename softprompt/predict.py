@@ -204,7 +204,7 @@ def baseline(
         backbone, 0, eval_mode, batch_size, task_feature_lengths["targets"]
     )
     figures: dict[str, float] = {}
-    trained = 0
+    counts: list[int] = []
     for source in sources:
         task = evaluation.from_task(source, split, task_feature_lengths, vocabulary)
         scores = None
@@ -227,7 +227,7 @@ def baseline(
                 predictions = baselines.majority(train_set, task, vocabulary)
             else:
                 predictions, count = baselines.probe(backbone, train_set, task, seed)
-                trained += count
+                counts.append(count)
         figures |= evaluation.judged(task, predictions, len(sources) > 1)
         if eval_output_dir is not None:
             path = pathlib.Path(eval_output_dir) / "predictions" / f"{task.name}.jsonl"
@@ -235,7 +235,9 @@ def baseline(
     labels = {source.name: evaluation.label_classes(source) for source in sources}
     _report(
         mixture_or_task_name, split, figures, eval_output_dir, backbone, labels, method=method,
-        trainable_parameters=trained, parameters_per_task=trained, bytes_per_task=8 * trained,
+        trainable_parameters=sum(counts), parameters_per_task=max(counts, default=0),
+        # What text priming keeps is text.
+        bytes_per_task=None if method == "priming" else 4 * max(counts, default=0),
     )  # fmt: skip
     return figures
 

@@ -26,8 +26,10 @@ POPULATION = 5000
 class Source:
     """What an initialiser may look at: embedding `[V, H]` float32, vocabulary, class labels.
 
-    With `backbone` (a `backbone.Backbone`) prompts of other backbones are refused. In `origin` an
-    initialiser notes what it chose, for the run's and the prompt's metadata.
+    With `backbone` (a `backbone.Backbone`) prompts of other backbones are refused.
+
+    Attributes:
+      origin: where an initialiser notes what it chose, for the run's and the prompt's metadata.
     """
 
     embedding: np.ndarray
@@ -210,7 +212,7 @@ def describe(
         "backbone_weights": backbone.weights,
         "task": task,
         "prompt_length": length,
-        "initialisation": getattr(init, "__name__", str(init)) if length else None,
+        "initialisation": getattr(init, "__name__", str(init)),
         "loss": loss,
         "seed": seed,
         **({} if deep is None else {"prompt_depth": len(deep) + 1}),

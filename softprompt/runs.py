@@ -201,14 +201,13 @@ def _predictions(
 
 
 # Commands that make many runs.
-MANY = (["sweep"], ["population"])
+MANY = (["sweep"], ["population"], ["transfer"], ["reproduce"])
 
 
 def command_line(facts: Mapping[str, Any], folder: str | os.PathLike | None = None) -> str | None:
     """The command of run.json, quoted for a shell, in its directory; None if there is none.
 
-    With `folder`, a run that was one of a sweep or population is made alone, from its own
-    configuration there.
+    With `folder`, a run that was one of many is made alone, from its own configuration there.
     """
     command = facts.get("command")
     if not command:
@@ -218,7 +217,7 @@ def command_line(facts: Mapping[str, Any], folder: str | os.PathLike | None = No
     if name == "__main__.py" and pathlib.PurePath(program).parent.name == "softprompt":
         name = "softprompt"
     if folder is not None and name == "softprompt" and arguments[:1] in MANY:
-        binary = "baseline" if "method" in facts else "train"
+        binary = "baseline" if "method" in facts else "eval" if "split" in facts else "train"
         config = os.path.abspath(pathlib.Path(folder) / "config.gin")
         arguments = [binary, f"--gin_file={config}", *_data_flags(arguments)]
     words = [name] if name == "softprompt" else ["python", program]

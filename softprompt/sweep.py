@@ -229,10 +229,10 @@ def _known(bindings: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 
 def _identity() -> str:
     """A digest of the configuration, less the plan it belongs to and where it is written."""
-    return hashlib.sha256("\n".join(_settings(config.operative())).encode()).hexdigest()[:16]
+    return hashlib.sha256("\n".join(_lines(config.operative())).encode()).hexdigest()[:16]
 
 
-def _settings(text: str) -> list[str]:
+def _lines(text: str) -> list[str]:
     """A configuration's lines, but for those of the plan and of where it is written."""
     kept, keep = [], True
     for line in text.splitlines():
@@ -243,6 +243,13 @@ def _settings(text: str) -> list[str]:
     return kept
 
 
+def _settings(text: str) -> dict[str, str]:
+    """The bindings among a configuration's `_lines`, long ones joined."""
+    joined = re.sub(r"(?: \\)?\n +", " ", "\n".join(_lines(text)))
+    pairs = (line.partition(" = ") for line in joined.splitlines())
+    return {name: value.strip() for name, equals, value in pairs if equals}
+
+
 def finished(run: Run) -> Outcome | None:
     """What a run left that was done under the configuration in force; None where it was not."""
     path = run.folder / "result.json"
@@ -251,13 +258,11 @@ def finished(run: Run) -> Outcome | None:
     found = checkpoint.read_object(path)
     if found.get("configuration") != _identity():
         before = run.folder / "config.gin"
-        was = _settings(before.read_text(encoding="utf-8")) if before.is_file() else []
-        now = _settings(config.operative())
-        told = [f"now {line.strip()}" for line in now if line not in was and " = " in line]
-        told += [f"before {line.strip()}" for line in was if line not in now and " = " in line]
+        was = _settings(before.read_text(encoding="utf-8")) if before.is_file() else {}
+        differ = checkpoint.differences(was, _settings(config.operative())) if was else []
         raise ValueError(
             f"{str(run.folder)!r} was made by another configuration than {run} has now "
-            f"({'; '.join(told[:4]) or 'of an earlier version'}); give the same settings to go on, "
+            f"({'; '.join(differ[:4]) or 'it holds none'}); give the same settings to go on, use "
             f"another output folder, or delete that one"
         )
     score = math.nan if found["score"] is None else found["score"]

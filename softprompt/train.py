@@ -185,6 +185,11 @@ def make_step(
     return step
 
 
+def jit_step(step: Callable, **settings: Any) -> Any:
+    """`jax.jit(step)`, whose first argument is given away, with XLA's options for a train step."""
+    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(), **settings)
+
+
 def compiler_options() -> dict[str, Any]:
     """XLA's options for a step: its schedule must save the memory that the program does.
 
@@ -398,7 +403,7 @@ def fit(
         start_of = pathlib.Path(model_dir) / "prompts" / "initial"
         save(start_of, {PROMPT: np.asarray(prompt, np.float32)}, {"step": 0})
     start = int(state["step"])
-    step_fn = jax.jit(
+    step_fn = jit_step(
         make_step(
             module,
             optimizer,
@@ -408,9 +413,7 @@ def fit(
             label_ids,
             reparameterisation,
             microbatches,
-        ),
-        donate_argnums=0,
-        compiler_options=compiler_options(),
+        )
     )
     log = Logbook(model_dir, start)
     whole = any(not path.startswith("prompt/") for path in trained)

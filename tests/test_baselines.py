@@ -107,8 +107,8 @@ def test_pooled_states_do_not_see_padding_or_batch_mates(tiny, train):
 def test_the_probe_learns_what_the_states_hold(embedded, train):
     task = evaluation.from_pairs(train, LABELS)
     found, count = baselines.probe(embedded, train, task)
-    # Two classes: one weight per state, an intercept, and mean and scale of every state.
-    assert count == 3 * embedded.cfg.emb_dim + 1
+    # Of two classes: a weight per state, and an intercept.
+    assert count == embedded.cfg.emb_dim + 1
     assert task.judge(found)["accuracy"] >= 80
     two = data.Examples("two", train.inputs[5:7], train.targets[5:7], train.records[5:7], {})
     assert set(baselines.probe(embedded, two, task)[0]) <= set(LABELS), "one example of each class"
@@ -138,6 +138,7 @@ def test_the_command_reports_every_method(tiny_folder, tmp_path, capsys, pairs):
         said = capsys.readouterr().out.splitlines()
         figures[method] = json.loads(said[-1])
         assert figures[method]["method"] == method
+        assert json.loads((tmp_path / "run.json").read_text())["trainable_parameters"] == 0
         assert json.loads((tmp_path / "user_task.json").read_text())["accuracy"] >= 0
     assert figures["majority"]["accuracy"] == 50
     assert said[-2] == "user_task: 12 of 12 inputs have no room for all 12 shots"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import softprompt
-from softprompt import evaluation, tree
+from softprompt import evaluation, prompt, tree
 from softprompt.__main__ import _without, main, split_gin
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -105,6 +105,18 @@ def test_a_run_goes_on_with_its_own_settings_and_data_alone(tmp_path, rows, caps
     assert ((folder / "run.json").read_bytes(), (folder / "config.gin").read_bytes()) == kept
     assert train(folder, *flags, "--gin.TRAIN_STEPS=4") == 0
     assert "resuming from step 3" in capsys.readouterr().out
+
+
+def test_a_run_and_its_prompt_name_the_prompt_they_started_from(tmp_path, rows):
+    flags = [f"--train_file={rows}", f"--validation_file={rows}", "--labels=good,bad"]
+    flags += ["--template={body}", "--target=mark"]
+    assert train(tmp_path / "first", *flags) == 0
+    start = tmp_path / "first" / "prompts" / "best.safetensors"
+    flags += ["--gin_file=prompts/from_file.gin", f"--gin.PROMPT_FILE={start}"]
+    second = tmp_path / "second"
+    assert train(second, *flags) == 0
+    assert json.loads((second / "run.json").read_text())["initialised_from"] == str(start)
+    assert prompt.load(second / "prompts" / "best.safetensors")[1]["initialised_from"] == str(start)
 
 
 def test_predictions_go_on_where_they_stopped_but_not_with_other_settings(

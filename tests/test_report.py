@@ -163,8 +163,14 @@ def test_the_reproduce_line_is_the_command(run):
     assert shlex.split(runs.command_line(facts, "/f").replace("\\\n", "")) == [
         "softprompt", "train", "--gin_file=/f/config.gin", "--data_dir=d",
     ]  # fmt: skip
-    member = {"command": ["softprompt", "population", "--gin_file=p.gin"]}
-    assert "train --gin_file=/f/config.gin" in runs.command_line(member, "/f").replace(" \\\n ", "")
+    for command, own, binary in (
+        ("population", {}, "train"),
+        ("reproduce", {"method": "probe", "split": "validation"}, "baseline"),
+        ("transfer", {"split": "validation"}, "eval"),
+    ):
+        one = {"command": ["softprompt", command, "--gin_file=p.gin"], **own}
+        words = shlex.split(runs.command_line(one, "/f").replace("\\\n", ""))
+        assert words == ["softprompt", binary, "--gin_file=/f/config.gin"]
     assert runs.command_line(facts) == "softprompt sweep \\\n  --gin_file=s.gin \\\n  --data_dir=d"
     assert runs.command_line({}) is None
 
