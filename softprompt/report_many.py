@@ -1,12 +1,16 @@
 """The reports of a sweep, a transfer, a population: tables, plots, links to runs' own reports."""
 
+import collections
 import csv
 import json
 import math
 import pathlib
 import re
 import urllib.parse
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from softprompt import page
 from softprompt.logbook import size
@@ -15,8 +19,8 @@ from softprompt.runs import command_line, json_lines, json_object, read_weights
 
 REPORT = "report.html"
 FILES = ("table.md", "summary.md", "population.csv", "results.csv", "summary.csv", "plot.png")
-# Members of a population whose curves are drawn, the best ones.
-DRAWN = page.SERIES
+# Where a run lies, the chart that its curve is drawn in, and the curve's name.
+Place = tuple[pathlib.Path, str, str]
 
 
 def _csv(path: pathlib.Path) -> list[dict[str, str]]:
@@ -37,27 +41,68 @@ def sweep_page(folder: pathlib.Path) -> str:
     sections: dict[str, Html] = {
         "Scores": _sweep_table(cells, lines, points, columns, axis),
         "Plot": _sweep_plot(cells, lines, points, columns, axis, facts.get("title") or "Score"),
-        "Runs": _sweep_runs(folder, results),
     }
+    places = [
+        (
+            folder / _sweep_place(row),
+            row["task"],
+            " ".join(filter(None, (row["line"], row["point"]))),
+        )
+        for row in results
+    ]
+    sections |= _curves(places)
+    sections["Runs"] = _sweep_runs(folder, results)
     seeds = len({row["seed"] for row in results})
     planned = f" of {facts['planned']:,}" if facts.get("planned") else ""
     told = f"{len(results):,}{planned} runs; points: {len(points)}, seeds: {seeds}"
-    return _page(folder, facts.get("title") or folder.name, told, sections, facts)
+    return _page(folder, facts.get("title") or folder.name, told, sections, facts, places)
 
 
 def _page(
-    folder: pathlib.Path, title: str, told: str, sections: dict[str, Html], facts: dict[str, Any]
+    folder: pathlib.Path,
+    title: str,
+    told: str,
+    sections: dict[str, Html],
+    facts: dict[str, Any],
+    places: Sequence[Place],
 ) -> str:
     """A page of these sections, with links to the folder's tables, and how it was made."""
     links = [tag("li", tag("a", name, href=name)) for name in FILES if (folder / name).is_file()]
     last = list(sections)[-1]
     sections[last] = page.join(sections[last], tag("p", "Also in this folder:"), tag("ul", *links))
+    configured = [at for at, _, _ in places if (at / "config.gin").is_file()]
+    if configured:
+        text = (configured[-1] / "config.gin").read_text(encoding="utf-8")
+        name = configured[-1].relative_to(folder)
+        sections["Configuration"] = page.details(f"operative gin of {name}", tag("pre", text))
     if line := command_line(facts):
         sections["Reproduce"] = tag("pre", line, class_="wrap")
     shown = {k: facts[k] for k in ("versions", "commit", "platform", "devices") if facts.get(k)}
     if shown:
         sections["Environment"] = page.values(shown, "environment")
     return page.document(title, told, "", sections, str(folder))
+
+
+def _curves(places: Sequence[Place]) -> dict[str, Html]:
+    """Training losses, the mean ± deviation of runs of one name; empty where nothing trained."""
+    found: dict[str, dict[str, dict[int, list[float]]]] = {}
+    for folder, chart, name in places:
+        for row in json_lines(folder / "train.jsonl"):
+            if "loss" in row:
+                curves = found.setdefault(chart, {})
+                curve = curves.setdefault(name, collections.defaultdict(list))
+                curve[row["step"]].append(row["loss"])
+    charts = []
+    for chart, curves in found.items():
+        series = {
+            name: [
+                (step, float(np.mean(x)), float(np.std(x, ddof=1)) if len(x) > 1 else 0.0)
+                for step, x in sorted(curve.items())
+            ]
+            for name, curve in list(curves.items())[: page.SERIES]
+        }
+        charts.append(page.chart(series, f"Training loss: {chart}", "step", "nats"))
+    return {"Learning curves": tag("div", *charts, class_="charts")} if charts else {}
 
 
 def _linked(folder: pathlib.Path, place: pathlib.PurePosixPath, text: str) -> Any:
@@ -104,11 +149,15 @@ def _sweep_plot(cells, lines, points, columns, axis: str, title: str) -> Html:
     return tag("div", drawn, class_="charts")
 
 
+def _sweep_place(row: dict[str, str]) -> pathlib.PurePosixPath:
+    names = [folder_name(row[k]) for k in ("line", "point", "task") if row[k]]
+    return pathlib.PurePosixPath("runs", *names, row["seed"])
+
+
 def _sweep_runs(folder: pathlib.Path, results) -> Html:
     named, rows = any(row["line"] for row in results), []
     for row in results:
-        names = [folder_name(row[k]) for k in ("line", "point", "task") if row[k]]
-        place = pathlib.PurePosixPath("runs", *names, row["seed"])
+        place = _sweep_place(row)
         title = _linked(folder, place, row["point"])
         weights, figures = read_weights(folder / place), json.loads(row["figures"])
         told = "  ".join(f"{k} {v:,.4g}" for k, v in figures.items()) or "diverged"
@@ -151,12 +200,17 @@ def transfer_page(folder: pathlib.Path) -> str:
         (_linked(folder, pathlib.PurePosixPath("runs", *map(folder_name, run)), run[0]), *run[1:])
         for run in runs
     ]
+    places = [
+        (folder.joinpath("runs", *map(folder_name, run)), f"{run[1]}, {run[0]}", f"seed {run[2]}")
+        for run in runs
+    ]
     sections: dict[str, Html] = {
         "Transfer": page.join(tag("p", note, class_="note"), page.table(header, rows, "scores")),
+        **_curves(places),
         "Runs": page.table(("method", "source", "seed"), listed, "trainings"),
     }
     told = f"{len(listed):,} trainings; methods: {', '.join(methods)}"
-    return _page(folder, facts.get("title") or folder.name, told, sections, facts)
+    return _page(folder, facts.get("title") or folder.name, told, sections, facts, places)
 
 
 def folder_name(text: str) -> str:
@@ -197,19 +251,11 @@ def population_page(folder: pathlib.Path) -> str:
         listed = page.table(facts["header"], facts["summary"], "scores of settings")
         sections["Settings"] = page.join(tag("p", note, class_="note"), listed)
     sections["Ranking"] = ranking
-    charts = []
-    tasks = [member.get("mixture_or_task_name", "") for member in members]
-    for task in dict.fromkeys(tasks):
-        best = [m["name"] for m, of in zip(members, tasks, strict=True) if of == task][:DRAWN]
-        curves = {name: line for name in best if (line := _losses(folder / name))}
-        if curves:
-            charts.append(page.chart(curves, f"Training loss: {task}", "step", "nats"))
-    if charts:
-        sections["Learning curves"] = tag("div", *charts, class_="charts")
+    # In the order of their ranks: where a chart has no room for all, it shows the best.
+    places = [
+        (folder / member["name"], member.get("mixture_or_task_name", ""), member["name"])
+        for member in members
+    ]
+    sections |= _curves(places)
     told = f"{len(members):,} prompts over one backbone"
-    return _page(folder, f"Population {folder.name}", told, sections, facts)
-
-
-def _losses(folder: pathlib.Path) -> list[page.Point]:
-    rows = json_lines(folder / "train.jsonl")
-    return [(row["step"], row["loss"], 0.0) for row in rows if "loss" in row]
+    return _page(folder, f"Population {folder.name}", told, sections, facts, places)

@@ -300,6 +300,22 @@ def test_the_page_of_a_sweep_has_its_table_its_plot_and_its_runs(swept, capsys):
     assert not re.search("<score>", text)
 
 
+def test_the_page_of_a_sweep_has_the_curves_and_the_configuration_of_its_runs(swept):
+    spec, done = swept
+    # The two seeds of one point and task.
+    for outcome, losses in ((done[0], (4.0, 2.0)), (done[4], (5.0, 4.0))):
+        outcome.run.folder.mkdir(parents=True, exist_ok=True)
+        rows = [{"step": i, "loss": x} for i, x in enumerate(losses)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (outcome.run.folder / "train.jsonl").write_text(text)
+        (outcome.run.folder / "config.gin").write_text("SEED = <1>")
+    sweep.write(spec, done)
+    _, found = read(spec.folder / "report.html")
+    assert "Learning curves" in found.text and "SEED = <1>" in found.text
+    labels = {a["aria-label"] for tag, a in found.elements if tag == "svg"}
+    assert "Training loss: t. 1: 4.5 at the start, 3 at the end." in labels
+
+
 # --- charts -------------------------------------------------------------------------------------
 
 
