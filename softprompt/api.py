@@ -302,6 +302,7 @@ def _tuning(
     about = prompts.describe(
         backbone, examples.name, prompt_length, init, loss, seed, deep, reparameterisation
     )
+    noted = {**about, **source.origin}
     arguments = dict(
         backbone=backbone,
         batches=batches,
@@ -314,7 +315,7 @@ def _tuning(
         log_period=log_period,
         checkpoint_period=checkpoint_period,
         model_dir=model_dir,
-        save=prompts.saver({**about, **source.origin}, labels),
+        save=prompts.saver(noted, labels),
         identity={
             **about,
             "batch_size": batch_size,
@@ -331,7 +332,7 @@ def _tuning(
         deep=deep,
         reparameterisation=reparameterisation,
     )
-    return arguments, {**about, **source.origin}
+    return arguments, noted
 
 
 def _rates(learning_rate: float | optax.Schedule, train_steps: int) -> float | list[float]:

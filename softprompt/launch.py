@@ -203,7 +203,7 @@ def train(
     tasks = shared(load_tasks, mixture_or_task_name, mixture_or_task_module, user_data)
     class_labels = [evaluation.label_classes(task) for task, _ in tasks]
     initial = deep = None
-    origin: dict[str, Any] = {}
+    origin: dict[str, Any] = {"initialisation": None}
     if prompt_length:
         source = prompt.Source(backbone.embedding(), vocabulary, class_labels[0], backbone)
         initial = prompt_init(jax.random.key(seed), prompt_length, source)
@@ -290,7 +290,7 @@ def train(
     training.check_resumable(folder, identity, train_steps)
     task_labels = {task.name: own for (task, _), own in zip(tasks, class_labels, strict=True)}
     # What an initial prompt was chosen by is no part of the run's identity: rounding may change it.
-    about = {**about, **(origin if prompt_length else {"initialisation": None})}
+    about = {**about, **origin}
     provenance.write(folder, backbone, {**about, "labels": task_labels, **cost})
     count = tree.count({k: backbone.params[k] for k in int8.parameters(backbone.params)})
     say(

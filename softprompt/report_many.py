@@ -87,19 +87,21 @@ def _curves(places: Sequence[Place]) -> dict[str, Html]:
     """Training losses, the mean ± deviation of runs of one name; empty where nothing trained."""
     found: dict[str, dict[str, dict[int, list[float]]]] = {}
     for folder, chart, name in places:
+        curves = found.setdefault(chart, {})
+        if name not in curves and len(curves) == page.SERIES:
+            continue
         for row in json_lines(folder / "train.jsonl"):
             if "loss" in row:
-                curves = found.setdefault(chart, {})
                 curve = curves.setdefault(name, collections.defaultdict(list))
                 curve[row["step"]].append(row["loss"])
     charts = []
-    for chart, curves in found.items():
+    for chart, curves in ((chart, curves) for chart, curves in found.items() if curves):
         series = {
             name: [
                 (step, float(np.mean(x)), float(np.std(x, ddof=1)) if len(x) > 1 else 0.0)
                 for step, x in sorted(curve.items())
             ]
-            for name, curve in list(curves.items())[: page.SERIES]
+            for name, curve in curves.items()
         }
         charts.append(page.chart(series, f"Training loss: {chart}", "step", "nats"))
     return {"Learning curves": tag("div", *charts, class_="charts")} if charts else {}
@@ -159,7 +161,8 @@ def _sweep_runs(folder: pathlib.Path, results) -> Html:
     for row in results:
         place = _sweep_place(row)
         title = _linked(folder, place, row["point"])
-        weights, figures = read_weights(folder / place), json.loads(row["figures"])
+        weights = read_weights(folder / place, json_object(folder / place / "run.json"))
+        figures = json.loads(row["figures"])
         told = "  ".join(f"{k} {v:,.4g}" for k, v in figures.items()) or "diverged"
         rows.append(
             (title, *([row["line"]] if named else []), row["task"], row["seed"],
@@ -195,14 +198,14 @@ def transfer_page(folder: pathlib.Path) -> str:
         "standard deviation over seeds"
         + (f"; Δ is the difference to {methods[0]}." if later else ".")
     )
-    runs = dict.fromkeys((r["method"], r["source"], r["seed"]) for r in results)
-    listed = [
-        (_linked(folder, pathlib.PurePosixPath("runs", *map(folder_name, run)), run[0]), *run[1:])
-        for run in runs
-    ]
+    runs = {
+        run: pathlib.PurePosixPath("runs", *map(folder_name, run))
+        for run in ((r["method"], r["source"], r["seed"]) for r in results)
+    }
+    listed = [(_linked(folder, at, run[0]), *run[1:]) for run, at in runs.items()]
     places = [
-        (folder.joinpath("runs", *map(folder_name, run)), f"{run[1]}, {run[0]}", f"seed {run[2]}")
-        for run in runs
+        (folder / at, f"{source}, {method}", f"seed {seed}")
+        for (method, source, seed), at in runs.items()
     ]
     sections: dict[str, Html] = {
         "Transfer": page.join(tag("p", note, class_="note"), page.table(header, rows, "scores")),

@@ -110,7 +110,7 @@ def read(folder: pathlib.Path, words: analysis.Words | None = None) -> Run:
     facts = json_object(folder / "run.json")
     if not facts and portrait:
         facts = dict(portrait["prompts"][0]["metadata"])
-    weights = read_weights(folder)
+    weights = read_weights(folder, facts)
     ensembles = _ensembles(folder, files)
     if ensembles and not trains:
         several = len(ensembles) > 1
@@ -145,8 +145,8 @@ def _ensembles(folder: pathlib.Path, files: Sequence[pathlib.Path]) -> dict[str,
     return {task: facts for task, facts in found.items() if "ensemble" in facts}
 
 
-def read_weights(folder: pathlib.Path) -> Weights:
-    """What the run in a folder trained, by run.json or, without it, the headers of its files."""
+def read_weights(folder: pathlib.Path, facts: Mapping[str, Any]) -> Weights:
+    """What the run in a folder trained, by its facts or, without them, the headers of its files."""
     best = folder / "checkpoints" / "best.safetensors"
     prompt = folder / "prompts" / "best.safetensors"
     step = arrays = None
@@ -159,9 +159,8 @@ def read_weights(folder: pathlib.Path) -> Weights:
     trained = arrays and sum(math.prod(shape) for shape in arrays.shapes.values())
     kept = [p for p in (prompt, folder / "backbone" / "model.safetensors") if p.is_file()]
     stored = sum(p.stat().st_size for p in kept) if kept else None
-    said = json_object(folder / "run.json")
     return Weights(
-        step, said.get("trainable_parameters", trained), said.get("bytes_per_task", stored)
+        step, facts.get("trainable_parameters", trained), facts.get("bytes_per_task", stored)
     )
 
 

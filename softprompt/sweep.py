@@ -262,8 +262,8 @@ def finished(run: Run) -> Outcome | None:
         differ = checkpoint.differences(was, _settings(config.operative())) if was else []
         raise ValueError(
             f"{str(run.folder)!r} was made by another configuration than {run} has now "
-            f"({'; '.join(differ[:4]) or 'it holds none'}); give the same settings to go on, use "
-            f"another output folder, or delete that one"
+            f"({'; '.join(differ[:4]) or 'its config.gin does not tell'}); give the same settings "
+            f"to go on, use another output folder, or delete that one"
         )
     score = math.nan if found["score"] is None else found["score"]
     return Outcome(run, score, found["figures"], found["seconds"], found.get("diverged", False))

@@ -185,9 +185,9 @@ def make_step(
     return step
 
 
-def jit_step(step: Callable, **settings: Any) -> Any:
+def jit_step(step: Callable) -> Any:
     """`jax.jit(step)`, whose first argument is given away, with XLA's options for a train step."""
-    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(), **settings)
+    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
 
 
 def compiler_options() -> dict[str, Any]:

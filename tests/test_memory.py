@@ -6,7 +6,6 @@ import pathlib
 import subprocess
 import sys
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -50,8 +49,7 @@ def gradient(backbone, batch, rows=5, label_ids=None, **settings):
     module, optimizer = PromptedT5(cfg, rows), optax.sgd(1.0)
     prompt = jnp.asarray(prompt_of(backbone, rows))
     state = train.init_state({train.PROMPT: prompt}, optimizer, backbone.mesh)
-    step = train.make_step(module, optimizer, label_ids=label_ids, **settings)
-    step = jax.jit(step, compiler_options=train.compiler_options())
+    step = train.jit_step(train.make_step(module, optimizer, label_ids=label_ids, **settings))
     after = step(state, backbone.params, batch)
     loss = float(after["loss_sum"] / after["count_sum"])
     return loss, np.asarray(prompt - after["trainable"][train.PROMPT])

@@ -192,7 +192,9 @@ def test_a_report_is_made_of_what_is_there(tmp_path):
         file.write('{"step": 2, "lo')
     said = read(report.write(tmp_path))[1].text
     assert "training loss 0.5 at step 1" in said and "This run left no command" in said
-    with pytest.raises(ValueError, match="is no folder of a run, .*: it holds none of"):
+    with pytest.raises(
+        ValueError, match="is no folder of a run, sweep, population or transfer: it holds none"
+    ):
         report.write(tmp_path / "nothing")
 
 
@@ -205,7 +207,7 @@ def test_lines_end_where_json_lines_do(tmp_path):
     with pytest.raises(ValueError, match="rows.jsonl', line 2: no JSON"):
         runs.json_lines(path)
     write_lines(tmp_path / "train.jsonl", [{"text": "a data set"}])
-    with pytest.raises(ValueError, match="is no folder of a run"):
+    with pytest.raises(ValueError, match="is no folder of a run, sweep"):
         report.write(tmp_path)
 
 
@@ -222,7 +224,7 @@ def test_the_command_writes_a_report_again(run, capsys):
     assert main(["report", str(run)]) == 0
     assert f"{run}/report.html written" in capsys.readouterr().out
     assert main(["report", str(run / "eval" / "nothing")]) == 2
-    assert "is no folder of a run" in capsys.readouterr().err
+    assert "is no folder of a run, sweep" in capsys.readouterr().err
 
 
 # --- runs end with one, whatever happens to it --------------------------------------------------
