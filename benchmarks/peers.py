@@ -42,11 +42,13 @@ CASES = (
     ("bf16", "train", "buckets"),
     ("peft", "train", "longest"),
     ("peft", "train", "512"),
+    ("peft_bf16", "train", "longest"),
     ("t5x", "train", "512"),
     ("t5x", "train", "128"),
     ("ours", "decode", "buckets"),
     ("bf16", "decode", "buckets"),
     ("peft", "decode", "sorted"),
+    ("peft_bf16", "decode", "sorted"),
     ("t5x", "decode", "512"),
     ("ours", "rank", "buckets"),
     ("int8", "train", "buckets"),
@@ -61,9 +63,9 @@ SIZES = {
     "xxl": {"width": 4096, "heads": 64, "layers": 24, "mlp": 10240},
 }
 # What start, checkpoint and memory are measured with.
-LAYOUTS = {"peft": ("longest", "512"), "t5x": ("512", "128")}
+LAYOUTS = {"peft": ("longest", "512"), "peft_bf16": ("longest",), "t5x": ("512", "128")}
 # What a worker's figures are reported under.
-PEERS = {"peft": "PEFT", "t5x": "T5X"}
+PEERS = {"peft": "PEFT", "peft_bf16": "PEFT in bfloat16", "t5x": "T5X"}
 # What must import for a side to be measured.
 OURS = ("jax", "flax", "softprompt.train", "softprompt.packing")
 PEFT = ("torch", "transformers", "peft")
@@ -447,6 +449,8 @@ def main() -> None:
         for side, python in (("peft", args.peft_python), ("t5x", args.t5x_python)):
             if side in packages:
                 sides[side] = (python, {**local, "side": side})
+        if "peft" in sides and args.device == "cpu":
+            sides["peft_bf16"] = (args.peft_python, {**sides["peft"][1], "dtype": "bfloat16"})
         same = {"tokens": digest(tokens)}
         same |= {name: about[name] for name in ("gpu", "cpu", "cores") if name in about}
         same |= {f"packages of {side}": found for side, found in packages.items()}
