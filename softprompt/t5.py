@@ -404,6 +404,16 @@ class DecoderLayer(nn.Module):
         kv, cross = self.self_keys_values(x), self.cross_keys_values(encoded)
         return self(x, kv, cross, self_bias, cross_bias, deterministic)
 
+    def one(
+        self, y: Array, index: Array, kept: KV, cross_kv: KV, self_bias: Array, cross_bias: Array
+    ) -> tuple[Array, KV]:
+        """One position `y` `[B, 1, H]` at `index`, and `kept` with its keys and values."""
+        kv = tuple(
+            jax.lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), index, axis=2)
+            for old, x in zip(kept, self.self_keys_values(y), strict=True)
+        )
+        return self(y, kv, cross_kv, self_bias, cross_bias, True), kv
+
     def __call__(
         self,
         x: Array,
@@ -423,21 +433,23 @@ class DecoderLayer(nn.Module):
         return x + self.dropout(y, deterministic=deterministic)
 
 
-def rematerialised(layer: type[nn.Module], remat: str, arguments: int) -> type[nn.Module]:
-    """A layer class whose method `whole` keeps for the backward pass what `remat` says.
+def layer_class(layer: type[nn.Module], remat: str, arrays: int, *others: str) -> type[nn.Module]:
+    """A layer class that is traced once for all layers of a stack, and keeps what `remat` says.
 
-    `arguments` of it are arrays, the one after them is `deterministic`. 'full' keeps the layer's
-    inputs, 'minimal' also the outputs of its dense layers, so that no matrix of weights is
-    multiplied again (T5X's names).
+    For the backward pass of its method `whole`, 'full' keeps the layer's inputs, 'minimal' also the
+    outputs of its dense layers, so that no matrix of weights is multiplied again (T5X's names).
+    `arrays` arguments of it are arrays, the one after them is `deterministic`; `others` are methods
+    that take arrays alone.
     """
     if remat not in REMAT:
         raise ValueError(f"REMAT is {remat!r}, expected one of {', '.join(REMAT)}")
-    if remat == "none":
-        return layer
-    policy = None
-    if remat == "minimal":
-        policy = jax.checkpoint_policies.save_only_these_names(DENSE)
-    return nn.remat(layer, policy=policy, static_argnums=(arguments + 1,), methods=["whole"])
+    static = {"static_argnums": (arrays + 1,)}
+    if remat != "none":
+        policy = None
+        if remat == "minimal":
+            policy = jax.checkpoint_policies.save_only_these_names(DENSE)
+        layer = nn.remat(layer, policy=policy, methods=["whole"], **static)
+    return nn.jit(layer, methods={"whole": static, **{name: {} for name in others}})
 
 
 class TokenEmbedder(nn.Module):
@@ -478,7 +490,7 @@ class Encoder(nn.Module):
     def setup(self):
         cfg = self.cfg
         self.relpos_bias = RelativePositionBias(cfg, bidirectional=True)
-        layer = rematerialised(EncoderLayer, cfg.remat, arguments=2)
+        layer = layer_class(EncoderLayer, cfg.remat, 2)
         self.layers = [layer(cfg) for _ in range(cfg.num_encoder_layers)]
         self.encoder_norm = LayerNorm(cfg.dtype)
         self.input_dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
@@ -509,7 +521,7 @@ class Decoder(nn.Module):
     def setup(self):
         cfg = self.cfg
         self.relpos_bias = RelativePositionBias(cfg, bidirectional=False)
-        layer = rematerialised(DecoderLayer, cfg.remat, arguments=4)
+        layer = layer_class(DecoderLayer, cfg.remat, 4, "one")
         self.layers = [layer(cfg) for _ in range(cfg.num_decoder_layers)]
         self.decoder_norm = LayerNorm(cfg.dtype)
         self.dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
@@ -542,13 +554,8 @@ class Decoder(nn.Module):
         cross_bias = jnp.where(cross_mask, 0.0, MASKED)
         updated = []
         for layer, kept, cross_kv in zip(self.layers, cache, cross, strict=True):
-            new = layer.self_keys_values(y)
-            kv = tuple(
-                jax.lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), index, axis=2)
-                for old, x in zip(kept, new, strict=True)
-            )
+            y, kv = layer.one(y, index, kept, cross_kv, bias, cross_bias)
             updated.append(kv)
-            y = layer(y, kv, cross_kv, bias, cross_bias, True)
         return self.decoder_norm(y), updated
 
 
