@@ -353,7 +353,7 @@ def measure(
                 if not found:
                     continue
                 kept["rates"].append(kept["examples"] / found["seconds"])
-                if " train " in name and "flops" in kept:
+                if "flops" in kept:
                     share = kept["flops"] / found["seconds"] / peaks[name.split()[0]]
                     kept["shares"].append(share)
                 record.write()

@@ -117,7 +117,8 @@ class T5x:
         """Tokens of the longest example: the padded width is one for all."""
         return int((batch["encoder_input_tokens"] > 0).sum(1).max())
 
-    def counts(self, batch) -> dict:
+    def counts(self, case: str, batch) -> dict:
+        del case
         ids, prompt = batch["encoder_input_tokens"], self.settings["prompt_length"]
         rows, width = ids.shape
         filled = int((ids > 0).sum()) + rows * prompt

@@ -156,7 +156,7 @@ class Ours:
     def width(self, batch) -> int:
         return batch["encoder_ids"].shape[1]
 
-    def counts(self, batch) -> dict:
+    def counts(self, case: str, batch) -> dict:
         ids = batch["encoder_ids"]
         if "encoder_segments" in batch:
             examples = int(batch["encoder_segments"].max(-1).sum())
@@ -167,11 +167,18 @@ class Ours:
         else:
             examples = int((ids > 0).any(-1).sum())
             lengths = [np.count_nonzero(batch[k], axis=1) for k in ("encoder_ids", "targets")]
+        passes = 1
+        if case == "train":
+            passes = 2
+        elif case == "decode":
+            lengths[1] = np.full(examples, self.settings["decode_length"])
+        else:
+            lengths[1] = np.full(examples, self._labels(batch).size)
         return {
             "examples": examples,
             "filled": int((ids > 0).sum()),
             "positions": ids.size,
-            "flops": 2 * self.throughput.forward_flops(self.cfg, *lengths),
+            "flops": passes * self.throughput.forward_flops(self.cfg, *lengths),
         }
 
     def run(self, case: str, task: str, batch) -> None:
@@ -182,9 +189,11 @@ class Ours:
         elif case == "decode":
             np.asarray(self.greedy(self.frozen, batch["encoder_ids"]))
         else:
-            # Two labels as long as the targets: their tokens make no difference to the time.
-            labels = np.asarray(batch["targets"])[:2]
-            np.asarray(self.score(self.frozen, batch["encoder_ids"], labels))
+            np.asarray(self.score(self.frozen, batch["encoder_ids"], self._labels(batch)))
+
+    def _labels(self, batch) -> np.ndarray:
+        """Two as long as the targets: their tokens make no difference to the time."""
+        return np.asarray(batch["targets"])[:2]
 
     def peak(self, clock) -> float:
         return self.throughput.measure_peak(self.settings["dtype"], clock)
@@ -245,7 +254,8 @@ class Peft:
     def width(self, batch) -> int:
         return batch["input_ids"].shape[1]
 
-    def counts(self, batch) -> dict:
+    def counts(self, case: str, batch) -> dict:
+        del case
         prompt = self.settings["prompt_length"]
         rows, width = batch["input_ids"].shape
         filled = int(batch["attention_mask"].sum()) + rows * prompt
@@ -306,7 +316,7 @@ def answer(side, settings: dict, prepared: dict, call: dict) -> dict:
         shapes = {tuple(x.shape for x in batch.values()): batch for batch in prepared[key]}
         for batch in shapes.values():
             side.run(case, task, batch)
-        found = [side.counts(batch) for batch in prepared[key]]
+        found = [side.counts(case, batch) for batch in prepared[key]]
         return {name: sum(x[name] for x in found) for name in found[0]}
     began = clock()
     for batch in prepared[key]:
