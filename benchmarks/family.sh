@@ -33,6 +33,7 @@ for size in "$@"; do
       --gin_file="runs/$2.gin" --gin.CORPUS="$corpus" --gin.DTYPE=bfloat16 \
       --cpu_devices="${CPU_DEVICES:-1}" \
       --gin.MODEL_DIR="$folder/$1" "${@:3}"
+    [ -d "$folder/$1/backbone" ] || { echo "$folder/$1 was interrupted: the same command goes on"; exit 1; }
   }
   run pretrain pretrain_small --gin.VOCABULARY_FILE="$vocabulary" --gin.EMBEDDINGS_FILE="$embeddings" \
     --gin.TRAIN_STEPS="$pretrain"
