@@ -124,6 +124,35 @@ def test_slots_read_the_bank_wherever_they_stand(tiny):
     np.testing.assert_array_equal(plain, slotted)
 
 
+def test_a_layer_is_traced_once_for_all_layers_of_a_stack(tiny, monkeypatch):
+    seen, activated = [], t5._activated
+    monkeypatch.setattr(t5, "_activated", lambda *a: (seen.append(a), activated(*a))[1])
+    cfg, params = tiny.cfg, tree.unflatten(tiny.params)
+    ids = jax.ShapeDtypeStruct((2, 7), jnp.int32)
+    jax.eval_shape(lambda x: PromptedT5(cfg).apply({"params": params}, x, x), ids)
+    assert cfg.num_encoder_layers > 1 and cfg.num_decoder_layers > 1
+    assert len(seen) == 2  # One encoder layer and one decoder layer.
+
+
+def test_layers_of_the_same_weights_draw_dropout_of_their_own():
+    cfg = dataclasses.replace(TINY, dropout_rate=0.5)
+    encoder = t5.Encoder(cfg)
+    x, mask = jnp.ones((2, 5, cfg.emb_dim)), jnp.ones((2, 1, 5, 5), bool)
+    params = encoder.init(jax.random.key(0), x, mask, True)["params"]
+    params |= {f"layers_{i}": params["layers_0"] for i in range(cfg.num_encoder_layers)}
+    seen = []
+
+    def same_input(layer, found):
+        seen.append(found)
+        return x
+
+    encoder.apply(
+        {"params": params}, x, mask, False, same_input, rngs={"dropout": jax.random.key(1)}
+    )
+    assert len(seen) == cfg.num_encoder_layers - 1 > 1
+    assert np.abs(seen[0] - seen[1]).max() > 0.1
+
+
 def test_bfloat16_activations_give_float32_logits(tiny):
     cfg = dataclasses.replace(tiny.cfg, dtype=jnp.bfloat16)
     params = {"params": tree.unflatten(tiny.params)}
