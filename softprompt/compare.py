@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import functools
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -48,7 +47,7 @@ def of_ensembles(folder: pathlib.Path, tasks: Sequence[str]) -> dict[Key, Measur
     found: dict[Key, Measured] = {}
     means: dict[str, dict[str, float]] = {}
     for task in tasks:
-        report = json.loads((folder / task / "ensemble" / f"{task}.json").read_text())
+        report = checkpoint.read_object(folder / task / "ensemble" / f"{task}.json")
         columns = {
             "average": report["average"],
             "best": report["prompts"][report["best"]],

@@ -8,7 +8,7 @@ import shlex
 import numpy as np
 import pytest
 
-from softprompt import page, prompt, report, report_many, runs, sweep
+from softprompt import checkpoint, page, prompt, report, report_many, runs, sweep
 from softprompt.__main__ import main
 
 ATTACK = "<script>alert(1)</script>"
@@ -316,6 +316,15 @@ def test_the_page_of_a_sweep_has_the_curves_and_the_configuration_of_its_runs(sw
     assert "Learning curves" in found.text and "SEED = <1>" in found.text
     labels = {a["aria-label"] for tag, a in found.elements if tag == "svg"}
     assert "Training loss: t. 1: 4.5 at the start, 3 at the end." in labels
+
+
+def test_a_torn_table_is_refused_by_its_line(swept):
+    spec, done = swept
+    sweep.write(spec, done)
+    path = spec.folder / "results.csv"
+    path.write_text(path.read_text().rsplit(",", 1)[0])
+    with pytest.raises(checkpoint.CorruptFile, match=r"results.csv', line 9: expected the header"):
+        report.write(spec.folder)
 
 
 # --- charts -------------------------------------------------------------------------------------
