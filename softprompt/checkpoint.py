@@ -4,6 +4,7 @@ One format, safetensors with JSON metadata, serves prompts, training checkpoints
 metadata carries a SHA-256 of the arrays, so a torn or altered file is found when it is read.
 """
 
+import csv
 import hashlib
 import json
 import os
@@ -128,6 +129,25 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CorruptFile(f"{str(path)!r} holds a JSON {type(value).__name__}, expected an object")
     return value
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file with a header.
+
+    Raises:
+      CorruptFile: a row has other columns than the header; the message names file and line.
+    """
+    found = []
+    with open(path, encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        for row in reader:
+            if None in row or None in row.values():
+                raise CorruptFile(
+                    f"{str(path)!r}, line {reader.line_num}: expected the header's "
+                    f"{len(reader.fieldnames)} columns"
+                )
+            found.append(row)
+    return found
 
 
 def read_tensor(path: Path, name: str) -> np.ndarray:

@@ -1,6 +1,5 @@
 """Measured figures beside the paper's: read from what runs leave, counted, and set in one table."""
 
-import csv
 import dataclasses
 import functools
 import pathlib
@@ -27,15 +26,14 @@ class Measured:
 
 def of_summary(folder: pathlib.Path, columns: Sequence[str]) -> dict[Key, Measured]:
     """What the `summary.csv` of a sweep or a transfer holds, by the values of `columns`."""
-    with open(folder / "summary.csv", newline="") as file:
-        return {
-            tuple(row[c] for c in columns): Measured(
-                float(row["mean"]),
-                float(row["standard_deviation"]) if int(row["seeds"]) > 1 else None,
-                int(row["seeds"]),
-            )
-            for row in csv.DictReader(file)
-        }
+    return {
+        tuple(row[c] for c in columns): Measured(
+            float(row["mean"]),
+            float(row["standard_deviation"]) if int(row["seeds"]) > 1 else None,
+            int(row["seeds"]),
+        )
+        for row in checkpoint.read_table(folder / "summary.csv")
+    }
 
 
 def of_ensembles(folder: pathlib.Path, tasks: Sequence[str]) -> dict[Key, Measured]:

@@ -1,7 +1,6 @@
 """The reports of a sweep, a transfer, a population: tables, plots, links to runs' own reports."""
 
 import collections
-import csv
 import json
 import math
 import pathlib
@@ -12,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from softprompt import page
-from softprompt.checkpoint import CorruptFile
+from softprompt import checkpoint, page
 from softprompt.logbook import size
 from softprompt.page import Html, tag
 from softprompt.runs import command_line, json_lines, json_object, read_weights
@@ -25,24 +23,8 @@ Place = tuple[pathlib.Path, str, str]
 
 
 def _csv(path: pathlib.Path) -> list[dict[str, str]]:
-    """The rows of a table, none where there is no file.
-
-    Raises:
-      CorruptFile: a row has other columns than the header; the message names file and line.
-    """
-    if not path.is_file():
-        return []
-    found = []
-    with open(path, encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        for row in reader:
-            if None in row or None in row.values():
-                raise CorruptFile(
-                    f"{str(path)!r}, line {reader.line_num}: expected the header's "
-                    f"{len(reader.fieldnames)} columns"
-                )
-            found.append(row)
-    return found
+    """The rows of a table, none where there is no file."""
+    return checkpoint.read_table(path) if path.is_file() else []
 
 
 def sweep_page(folder: pathlib.Path) -> str:

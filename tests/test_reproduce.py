@@ -6,6 +6,7 @@ import pathlib
 import pytest
 
 from softprompt import (
+    checkpoint,
     compare,
     experiments,
     members,
@@ -341,3 +342,9 @@ def test_the_embedded_backbone_reproduces_a_figure_to_the_end(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "0 still to be made" in said and "needs:" not in said and "--- run" not in said
     assert provenance.versions()["jax"] in text
+
+
+def test_a_torn_summary_is_refused_by_its_line(tmp_path):
+    (tmp_path / "summary.csv").write_text("task,mean,standard_deviation,seeds\nrte,50.0,1.0\n")
+    with pytest.raises(checkpoint.CorruptFile, match=r"summary.csv', line 2: expected the header"):
+        compare.of_summary(tmp_path, ["task"])
