@@ -140,8 +140,8 @@ def load(
             pair = stored.read_int8(name) or int8.quantize(name, x.astype(np.float32))
             arrays = dict(zip((name, name + int8.SCALE), pair, strict=True))
         for key, x in arrays.items():
-            x = np.asarray(x).astype(shapes[key].dtype)
-            params[key] = partition.place(x, shapes[key].sharding)
+            x, into = np.asarray(x), shapes[key]
+            params[key] = partition.place_frozen(x, into.dtype, into.sharding)
             # One tensor at a time: the copy is done before the next one is read.
             params[key].block_until_ready()
     if stored.fingerprint not in (None, str(fingerprint)):

@@ -25,6 +25,9 @@ LOGICAL_AXIS_RULES: tuple[tuple[str, str | None], ...] = (
     ("prompt", None),
 )
 
+# Bytes: see `place_frozen`.
+ALIGNMENT = 64
+
 
 def make_mesh(data: int = -1, model: int = 1, devices: int | None = None) -> Mesh:
     """A mesh of `data × model` devices; `data = -1` takes what `model` leaves of all devices."""
@@ -102,6 +105,20 @@ def place(x: Any, sharding: NamedSharding) -> jax.Array:
     """A global array of a value that every process has whole; its devices get their shards."""
     x = np.asarray(x)
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
+def place_frozen(x: np.ndarray, dtype: Any, sharding: NamedSharding) -> jax.Array:
+    """`place` of a copy of `x` as `dtype`, in memory that the devices of a CPU share.
+
+    XLA takes an array on the host as it is where its address is a multiple of `ALIGNMENT`, and
+    copies it for each device where it is not. What is shared is never written: a program that is
+    given it to reuse (donation) takes memory of its own.
+    """
+    room = np.empty(x.size * np.dtype(dtype).itemsize + ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % ALIGNMENT
+    held = room[start : start + len(room) - ALIGNMENT].view(dtype).reshape(x.shape)
+    np.copyto(held, x, casting="unsafe")
+    return place(held, sharding)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -22,16 +22,29 @@ from conftest import TINY
 from test_train import fit
 from softprompt import backbone as backbones, evaluation, data, partition, train, tree
 from softprompt.formats import native
+from softprompt.formats.stored import Stored
 from softprompt.vocabulary import Vocabulary
 words = Vocabulary(native.EMBEDDED / native.VOCABULARY_FILE)
 pairs = [(f"number {i} of the lot", "odd" if i % 2 else "even") for i in range(16)]
 found = {}
 for shape in ((1, 1), (8, 1), (4, 2), (2, 4)):
     mesh = partition.make_mesh(*shape, devices=shape[0] * shape[1])
-    backbone = backbones.random(TINY, 0, words, mesh)
+    if not found:
+        native.save(sys.argv[3], Stored.of("tiny", TINY, backbones.random(TINY, 0).params, words))
+    backbone = backbones.load(sys.argv[3], mesh=mesh)
+    for x in backbone.params.values():
+        # One copy for all devices that hold the same.
+        places = {shard.data.unsafe_buffer_pointer() for shard in x.addressable_shards}
+        assert len(places) == 1 or not x.is_fully_replicated, (shape, x.sharding)
     kernel = backbone.params["encoder/layers_0/mlp/wi_0/kernel"]
     assert kernel.addressable_shards[0].data.shape == (24, 40 // shape[1])
     before = tree.fingerprint(backbone.params)
+    # A program that may reuse its arguments takes memory of its own.
+    scale = backbone.params["encoder/encoder_norm/scale"]
+    again = jax.device_put(np.asarray(scale), scale.sharding)
+    first = scale.addressable_shards[0].data.unsafe_buffer_pointer()
+    assert again.addressable_shards[-1].data.unsafe_buffer_pointer() == first
+    jax.jit(lambda x: 0 * x, donate_argnums=0)(again).block_until_ready()
     from test_train import batches_of
     result = fit(backbone, pairs, 5, batches=batches_of(backbone, pairs, 5, batch_size=8))
     assert tree.fingerprint(backbone.params) == before
@@ -50,8 +63,9 @@ np.savez(sys.argv[2], **found)
 def test_eight_devices_train_what_one_does(tmp_path):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     here, out = str(pathlib.Path(__file__).parent), str(tmp_path / "found.npz")
+    folder = str(tmp_path / "backbone")
     run = subprocess.run(
-        [sys.executable, "-c", RUN, here, out],
+        [sys.executable, "-c", RUN, here, out, folder],
         env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
