@@ -1,7 +1,7 @@
 """Decoding with a key-value cache, and rank classification.
 
-Each function is pure and jittable. The encoder runs once, and so do the cross-attention keys and
-values; the loop stops when every row is done.
+Each function is pure and jittable. The encoder runs once, what cross-attention reads is made once,
+and the loop stops when every row is done.
 """
 
 import functools
@@ -27,7 +27,8 @@ def _start(module: PromptedT5, params: Params, encoder_ids: Array, length: int, 
     cache, cross = module.apply(variables, encoded, length, method="start_decoding")
     if beams > 1:
         tile = lambda x: jnp.repeat(x, beams, axis=0)  # noqa: E731
-        cache, cross, segments = jax.tree.map(tile, (cache, cross, segments))
+        cache, segments = jax.tree.map(tile, (cache, segments))
+        cross = [source.tiled(beams) for source in cross]
 
     def step(ids, index, cache):
         return module.apply(variables, ids, index, cache, cross, segments, method="decode_step")

@@ -8,8 +8,8 @@ V vocabulary rows, A heads, D head width.
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,6 @@ from jax.ad_checkpoint import checkpoint_name
 from softprompt.int8 import SCALE
 
 Array = jax.Array
-# Keys and values of one attention block, each [B, S, A, D].
-KV = tuple[Array, Array]
 # (number of an encoder layer, its input `[B, T, H]`) -> that input, perhaps another one.
 Before = Callable[[int, Array], Array]
 
@@ -165,7 +163,7 @@ product.defvjp(_product_forward, _product_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4))
 def int8_product(spec: str, x: Array, values: Array, scale: Array, dtype: Any) -> Array:
-    """`product` of `x` with a frozen int8 matrix of one scale per column of the result.
+    """`product` of `x` with a frozen int8 matrix, times `scale`, broadcast against the result.
 
     The values become `x`'s type for the moment of the product. Barriers tie that to `x` (and to
     the gradient in the backward pass): else XLA makes the wider copies of all matrices once, and
@@ -173,7 +171,7 @@ def int8_product(spec: str, x: Array, values: Array, scale: Array, dtype: Any) -
     """
     x, values = jax.lax.optimization_barrier((x, values))
     y = _einsum(spec, x, values.astype(x.dtype), jnp.float32)
-    return (y * scale.reshape(-1)).astype(dtype)
+    return (y * scale).astype(dtype)
 
 
 def _int8_product_forward(spec, x, values, scale, dtype):
@@ -188,8 +186,8 @@ def _int8_product_backward(spec, dtype, saved, grad):
     grad, values = jax.lax.optimization_barrier((grad, values))
     # The CPU backend drops barriers before it merges equal operations, and would take the forward
     # pass's copy: zeros that no compiler may assume (they could be NaN) make this another one.
-    values = values + (0 * scale).astype(values.dtype)
-    grad = (grad.astype(jnp.float32) * scale.reshape(-1)).astype(like.dtype)
+    values = values + (0 * grad.ravel()[0]).astype(values.dtype)
+    grad = (grad.astype(jnp.float32) * scale).astype(like.dtype)
     back = _einsum(f"{out},{of_y}->{of_x}", grad, values.astype(like.dtype), like.dtype)
     return back, None, None
 
@@ -197,28 +195,51 @@ def _int8_product_backward(spec, dtype, saved, grad):
 int8_product.defvjp(_int8_product_forward, _int8_product_backward)
 
 
-class Dense(nn.Module):
-    """Linear map without bias on the last axis; kernel `[in, features]`."""
+# A matrix of weights, and scales that broadcast against what it is multiplied into, if it is int8.
+Matrix = tuple[Array, Array | None]
 
-    features: int
+
+def multiply(spec: str, x: Array, matrix: Matrix, dtype: Any) -> Array:
+    """`product` of `x` and a matrix of weights, which may be kept as int8."""
+    kernel, scale = matrix
+    if scale is None:
+        return product(spec, x, kernel.astype(x.dtype), dtype)
+    return int8_product(spec, x, kernel, scale, dtype)
+
+
+class Dense(nn.Module):
+    """Linear map without bias on the last axis; kernel `[in, out]`."""
+
+    shape: tuple[int, int]
     axes: tuple[str, str]
     dtype: Any
     scale: float = 1.0
 
-    @nn.compact
-    def __call__(self, x: Array, out_dtype: Any = None) -> Array:
-        fan_in = x.shape[-1]
-        init = nn.initializers.normal(self.scale / np.sqrt(fan_in))
-        kernel = partitioning.param_with_axes(
-            "kernel", init, (fan_in, self.features), jnp.float32, axes=self.axes
+    def setup(self):
+        init = nn.initializers.normal(self.scale / np.sqrt(self.shape[0]))
+        self.kernel = partitioning.param_with_axes(
+            "kernel", init, self.shape, jnp.float32, axes=self.axes
         )
-        dtype, x, spec = out_dtype or self.dtype, x.astype(self.dtype), "btk,kn->btn"
-        if kernel.dtype == jnp.int8:
-            scale = self.get_variable("params", f"kernel{SCALE}")
-            y = int8_product(spec, x, kernel, scale, dtype)
-        else:
-            y = product(spec, x, kernel.astype(self.dtype), dtype)
+
+    def __call__(self, x: Array, out_dtype: Any = None) -> Array:
+        """`[B, S, out]` for `x` `[B, S, in]`."""
+        matrix = self.kernel, None if self._scale() is None else self._scale().reshape(-1)
+        y = multiply("btk,kn->btn", x.astype(self.dtype), matrix, out_dtype or self.dtype)
         return checkpoint_name(y, DENSE)
+
+    def of_heads(self, heads: int) -> Matrix:
+        """The kernel as `[A, in, D]` and its scales as `[A, 1, D]`, out = A * D."""
+
+        def split(x):
+            return None if x is None else x.reshape(x.shape[0], heads, -1).swapaxes(0, 1)
+
+        return split(self.kernel), split(self._scale())
+
+    def _scale(self) -> Array | None:
+        """Scales `[1, out]` of a kernel kept as int8."""
+        if self.kernel.dtype != jnp.int8:
+            return None
+        return self.get_variable("params", f"kernel{SCALE}")
 
 
 class LayerNorm(nn.Module):
@@ -236,6 +257,31 @@ class LayerNorm(nn.Module):
         return x.astype(self.dtype) * scale.astype(self.dtype)
 
 
+class KV(NamedTuple):
+    """Keys and values, each `[B, A, S, D]`, of S positions that are attended to."""
+
+    key: Array
+    value: Array
+
+    def tiled(self, beams: int) -> "KV":
+        """Every row `beams` times."""
+        return KV(*(jnp.repeat(x, beams, axis=0) for x in self))
+
+
+class Direct(NamedTuple):
+    """S positions that are attended to without keys and values: see `Attention.direct`."""
+
+    x: Array  # [B, S, H]
+    turned: Array  # The same as [B, H, S]: scores are faster so on a CPU.
+    key: Matrix  # [A, H, D]
+    value: Matrix  # [A, D, H]
+
+    def tiled(self, beams: int) -> "Direct":
+        """Every row `beams` times."""
+        repeat = lambda x: jnp.repeat(x, beams, axis=0)  # noqa: E731
+        return self._replace(x=repeat(self.x), turned=repeat(self.turned))
+
+
 class Attention(nn.Module):
     """Multi-head attention. T5 has no 1/sqrt(D): it is folded into the query's initialiser."""
 
@@ -244,10 +290,11 @@ class Attention(nn.Module):
     def setup(self):
         cfg = self.cfg
         inner = cfg.num_heads * cfg.head_dim
-        self.query = Dense(inner, ("embed", "joined_kv"), cfg.dtype, cfg.head_dim**-0.5)
-        self.key = Dense(inner, ("embed", "joined_kv"), cfg.dtype)
-        self.value = Dense(inner, ("embed", "joined_kv"), cfg.dtype)
-        self.out = Dense(cfg.emb_dim, ("joined_kv", "embed"), cfg.dtype)
+        into = ((cfg.emb_dim, inner), ("embed", "joined_kv"), cfg.dtype)
+        self.query = Dense(*into, cfg.head_dim**-0.5)
+        self.key = Dense(*into)
+        self.value = Dense(*into)
+        self.out = Dense((inner, cfg.emb_dim), ("joined_kv", "embed"), cfg.dtype)
 
     def _heads(self, x: Array) -> Array:
         """`[B, S, A * D]` as `[B, A, S, D]`.
@@ -258,22 +305,45 @@ class Attention(nn.Module):
 
     def keys_values(self, x: Array) -> KV:
         """Keys and values `[B, A, S, D]` of `x` `[B, S, H]`."""
-        return self._heads(self.key(x)), self._heads(self.value(x))
+        return KV(self._heads(self.key(x)), self._heads(self.value(x)))
 
-    def __call__(self, x: Array, kv: KV, bias: Array, deterministic: bool = True) -> Array:
-        """Attends from `x` `[B, Q, H]` to `kv`; `bias` broadcasts to `[B, A, Q, S]`."""
+    def direct(self, x: Array) -> Direct:
+        """What attends to `x` `[B, S, H]` without its keys and values.
+
+        A score is q·(K e) = (Kᵀ q)·e, and a weighted sum of values V e is V times that of the e.
+        """
+        value, scale = self.value.of_heads(self.cfg.num_heads)
+        key = self.key.of_heads(self.cfg.num_heads)
+        return Direct(x, x.swapaxes(1, 2), key, (value.swapaxes(1, 2), scale))
+
+    def __call__(
+        self, x: Array, source: KV | Direct, bias: Array, deterministic: bool = True
+    ) -> Array:
+        """Attends from `x` `[B, Q, H]` to `source`; `bias` broadcasts to `[B, A, Q, S]`."""
         cfg = self.cfg
-        key, value = kv
         query = self._heads(self.query(x))
         # Logits and softmax in float32 whatever the activations are.
-        logits = product("baqd,basd->baqs", query, key, jnp.float32)
+        if isinstance(source, Direct):
+            kernel, scale = source.key
+            if scale is not None:
+                query, scale = (query * scale).astype(cfg.dtype), jnp.ones(())
+            query = multiply("baqd,ahd->baqh", query, (kernel, scale), cfg.dtype)
+            logits = product("baqh,bhs->baqs", query, source.turned, jnp.float32)
+        else:
+            logits = product("baqd,basd->baqs", query, source.key, jnp.float32)
         weights = jax.nn.softmax(logits + bias.astype(jnp.float32)).astype(cfg.dtype)
         if not deterministic and cfg.dropout_rate > 0:
             # One mask for all queries, as T5's own code has it.
             shape = (*weights.shape[:-2], 1, weights.shape[-1])
             keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - cfg.dropout_rate, shape)
             weights = weights * keep / (1 - cfg.dropout_rate)
-        y = product("baqs,basd->baqd", weights.astype(cfg.dtype), value, cfg.dtype).swapaxes(1, 2)
+        weights = weights.astype(cfg.dtype)
+        if isinstance(source, Direct):
+            y = product("baqs,bsh->baqh", weights, source.x, cfg.dtype)
+            y = multiply("baqh,adh->baqd", y, source.value, cfg.dtype)
+        else:
+            y = product("baqs,basd->baqd", weights, source.value, cfg.dtype)
+        y = y.swapaxes(1, 2)
         return self.out(y.reshape(*y.shape[:-2], -1))
 
 
@@ -300,11 +370,12 @@ class Mlp(nn.Module):
         parts = []
         for i in range(len(cfg.mlp_activations)):
             name = "wi" if len(cfg.mlp_activations) == 1 else f"wi_{i}"
-            dense = Dense(cfg.mlp_dim, ("embed", "mlp"), cfg.dtype, name=name)
+            shape = (cfg.emb_dim, cfg.mlp_dim)
+            dense = Dense(shape, ("embed", "mlp"), cfg.dtype, name=name)
             parts.append(dense(x, jnp.float32))
         y = _activated(cfg.mlp_activations, parts)
         y = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))(y, deterministic=deterministic)
-        return Dense(cfg.emb_dim, ("mlp", "embed"), cfg.dtype, name="wo")(y)
+        return Dense((cfg.mlp_dim, cfg.emb_dim), ("mlp", "embed"), cfg.dtype, name="wo")(y)
 
 
 def relative_buckets(
@@ -376,6 +447,16 @@ class EncoderLayer(nn.Module):
         return x + self.dropout(y, deterministic=deterministic)
 
 
+def few(cfg: T5Config, queries: int) -> bool:
+    """Whether so many positions of a row attend at less cost without keys and values.
+
+    For S positions of the encoder those cost A·(H + Q)·D·S multiply-adds, twice; without them it is
+    A·Q·H·S. Up to 64 queries, of heads 64 wide, that is less at any width of the model: labels of a
+    few tokens spare a seventh of the whole forward pass.
+    """
+    return queries * cfg.emb_dim < (cfg.emb_dim + queries) * cfg.head_dim
+
+
 class DecoderLayer(nn.Module):
     """Causal self-attention, attention to the encoder, and MLP."""
 
@@ -394,31 +475,42 @@ class DecoderLayer(nn.Module):
     def self_keys_values(self, x: Array) -> KV:
         return self.self_attention.keys_values(self.pre_self_attention_layer_norm(x))
 
-    def cross_keys_values(self, encoded: Array) -> KV:
-        return self.encoder_decoder_attention.keys_values(encoded)
+    def cross(self, encoded: Array, queries: int) -> KV | Direct:
+        """What `queries` positions of a row, at once or one by one, had best attend to."""
+        attention = self.encoder_decoder_attention
+        make = attention.direct if few(self.cfg, queries) else attention.keys_values
+        return make(encoded)
 
     def whole(
         self, x: Array, encoded: Array, self_bias: Array, cross_bias: Array, deterministic: bool
     ) -> Array:
         """All positions at once: `x` `[B, L, H]` and `encoded` `[B, T, H]`."""
-        kv, cross = self.self_keys_values(x), self.cross_keys_values(encoded)
+        kv, cross = self.self_keys_values(x), self.cross(encoded, x.shape[1])
         return self(x, kv, cross, self_bias, cross_bias, deterministic)
 
     def one(
-        self, y: Array, index: Array, kept: KV, cross_kv: KV, self_bias: Array, cross_bias: Array
+        self,
+        y: Array,
+        index: Array,
+        kept: KV,
+        cross: KV | Direct,
+        self_bias: Array,
+        cross_bias: Array,
     ) -> tuple[Array, KV]:
         """One position `y` `[B, 1, H]` at `index`, and `kept` with its keys and values."""
-        kv = tuple(
-            jax.lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), index, axis=2)
-            for old, x in zip(kept, self.self_keys_values(y), strict=True)
+        kv = KV(
+            *(
+                jax.lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), index, axis=2)
+                for old, x in zip(kept, self.self_keys_values(y), strict=True)
+            )
         )
-        return self(y, kv, cross_kv, self_bias, cross_bias, True), kv
+        return self(y, kv, cross, self_bias, cross_bias, True), kv
 
     def __call__(
         self,
         x: Array,
         self_kv: KV,
-        cross_kv: KV,
+        cross: KV | Direct,
         self_bias: Array,
         cross_bias: Array,
         deterministic: bool,
@@ -427,7 +519,7 @@ class DecoderLayer(nn.Module):
         y = self.self_attention(y, self_kv, self_bias, deterministic)
         x = x + self.dropout(y, deterministic=deterministic)
         y = self.pre_cross_attention_layer_norm(x)
-        y = self.encoder_decoder_attention(y, cross_kv, cross_bias, deterministic)
+        y = self.encoder_decoder_attention(y, cross, cross_bias, deterministic)
         x = x + self.dropout(y, deterministic=deterministic)
         y = self.mlp(self.pre_mlp_layer_norm(x), deterministic)
         return x + self.dropout(y, deterministic=deterministic)
@@ -478,7 +570,8 @@ class TokenEmbedder(nn.Module):
 
     def attend(self, x: Array) -> Array:
         if self.embedding.dtype == jnp.int8:
-            return int8_product("btk,vk->btv", x, self.embedding, self._scale(), jnp.float32)
+            scale = self._scale().reshape(-1)
+            return int8_product("btk,vk->btv", x, self.embedding, scale, jnp.float32)
         return jnp.dot(x, self.embedding.astype(x.dtype).T, preferred_element_type=jnp.float32)
 
 
@@ -526,7 +619,8 @@ class Decoder(nn.Module):
         self.decoder_norm = LayerNorm(cfg.dtype)
         self.dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
         if not cfg.logits_via_embedding:
-            self.logits_dense = Dense(cfg.vocab_size, ("embed", "vocab"), cfg.dtype)
+            shape = (cfg.emb_dim, cfg.vocab_size)
+            self.logits_dense = Dense(shape, ("embed", "vocab"), cfg.dtype)
 
     def __call__(
         self, y: Array, encoded: Array, mask: Array, cross_mask: Array, deterministic: bool
@@ -540,11 +634,17 @@ class Decoder(nn.Module):
             y = layer.whole(y, encoded, bias, cross_bias, deterministic)
         return self.dropout(self.decoder_norm(y), deterministic=deterministic)
 
-    def cross_keys_values(self, encoded: Array) -> list[KV]:
-        return [layer.cross_keys_values(encoded) for layer in self.layers]
+    def cross(self, encoded: Array, queries: int) -> Sequence[KV | Direct]:
+        """What each layer attends to: see `DecoderLayer.cross`."""
+        return [layer.cross(encoded, queries) for layer in self.layers]
 
     def step(
-        self, y: Array, index: Array, cache: list[KV], cross: list[KV], cross_mask: Array
+        self,
+        y: Array,
+        index: Array,
+        cache: list[KV],
+        cross: Sequence[KV | Direct],
+        cross_mask: Array,
     ) -> tuple[Array, list[KV]]:
         """One position `y` `[B, 1, H]` at `index`, with `cache` entries `[B, A, L, D]`."""
         length = cache[0][0].shape[2]
@@ -553,8 +653,8 @@ class Decoder(nn.Module):
         bias = bias + jnp.where(positions <= index, 0.0, MASKED)
         cross_bias = jnp.where(cross_mask, 0.0, MASKED)
         updated = []
-        for layer, kept, cross_kv in zip(self.layers, cache, cross, strict=True):
-            y, kv = layer.one(y, index, kept, cross_kv, bias, cross_bias)
+        for layer, kept, source in zip(self.layers, cache, cross, strict=True):
+            y, kv = layer.one(y, index, kept, source, bias, cross_bias)
             updated.append(kv)
         return self.decoder_norm(y), updated
 
@@ -620,18 +720,23 @@ class T5(nn.Module):
             return self.token_embedder.attend(y) / np.sqrt(self.cfg.emb_dim)
         return self.decoder.logits_dense(y, jnp.float32)
 
-    def start_decoding(self, encoded: Array, length: int) -> tuple[list[KV], list[KV]]:
-        """Empty cache for `length` positions, and cross-attention keys and values, made once."""
+    def start_decoding(self, encoded: Array, length: int) -> tuple[list[KV], Sequence[KV | Direct]]:
+        """Empty cache for `length` positions, and what each layer's cross-attention reads."""
         cfg = self.cfg
         shape = (encoded.shape[0], cfg.num_heads, length, cfg.head_dim)
         cache = [
-            (jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype))
+            KV(jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype))
             for _ in range(cfg.num_decoder_layers)
         ]
-        return cache, self.decoder.cross_keys_values(encoded)
+        return cache, self.decoder.cross(encoded, length)
 
     def decode_step(
-        self, ids: Array, index: Array, cache: list[KV], cross: list[KV], encoder_segments: Array
+        self,
+        ids: Array,
+        index: Array,
+        cache: list[KV],
+        cross: Sequence[KV | Direct],
+        encoder_segments: Array,
     ) -> tuple[Array, list[KV]]:
         """Logits `[B, V]` after feeding ids `[B]` at position `index`, and the updated cache."""
         cross_mask = (encoder_segments > 0)[:, None, None, :]

@@ -18,6 +18,7 @@ def forward_flops(cfg: T5Config, encoder: np.ndarray, decoder: np.ndarray) -> fl
       encoder, decoder: numbers of tokens of each row (prompt slots are tokens, padding is none).
 
     Matrix products alone: projections, attention scores and sums, MLP and the output head.
+    Cross-attention is counted as it is done, without keys and values where that is less (`t5.few`).
     """
     encoder, decoder = (np.asarray(x, np.float64) for x in (encoder, decoder))
     inner = cfg.num_heads * cfg.head_dim
@@ -25,11 +26,10 @@ def forward_flops(cfg: T5Config, encoder: np.ndarray, decoder: np.ndarray) -> fl
     mlp = (len(cfg.mlp_activations) + 1) * cfg.emb_dim * cfg.mlp_dim
     # Scores and sums of values: one multiply-add each per head width and pair of positions.
     per_encoder_layer = (4 * projection + mlp) * encoder + 2 * inner * encoder**2
-    per_decoder_layer = (
-        (6 * projection + mlp) * decoder
-        + 2 * projection * encoder
-        + 2 * inner * (decoder**2 + decoder * encoder)
-    )
+    without = 2 * projection * decoder + 2 * cfg.num_heads * cfg.emb_dim * decoder * encoder
+    with_them = 2 * projection * encoder + 2 * inner * decoder * encoder
+    cross = 2 * projection * decoder + np.minimum(without, with_them)
+    per_decoder_layer = (4 * projection + mlp) * decoder + 2 * inner * decoder**2 + cross
     head = cfg.emb_dim * cfg.vocab_size * decoder
     total = cfg.num_encoder_layers * per_encoder_layer + cfg.num_decoder_layers * per_decoder_layer
     return 2 * float(np.sum(total + head))

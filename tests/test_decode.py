@@ -11,7 +11,7 @@ import pytest
 from conftest import TINY
 
 from softprompt import backbone as backbones
-from softprompt import decode, evaluation, losses, partition, tree
+from softprompt import decode, evaluation, losses, partition, t5, tree
 from softprompt.prompted import PromptedT5
 from softprompt.vocabulary import EOS_ID
 
@@ -56,15 +56,29 @@ def test_cached_greedy_equals_uncached(model):
     assert (cached[:2] != 0).any()
 
 
-def test_greedy_encodes_once_and_projects_cross_attention_once(model):
+@pytest.mark.parametrize("length", [LENGTH, 16])
+def test_greedy_encodes_once_and_projects_cross_attention_once(model, length):
     module, params, ids = model
-    text = jax.jit(functools.partial(decode.greedy, module, length=LENGTH)).lower(params, ids)
+    assert t5.few(module.cfg, length) == (length == LENGTH)
+    text = jax.jit(functools.partial(decode.greedy, module, length=length)).lower(params, ids)
     body = text.as_text()
     loop = body[body.index("stablehlo.while") :]
     # Inside the loop, no product reads the encoder's output [3, 7, 24].
     inside = [line for line in loop.splitlines() if "dot_general" in line]
     assert inside
     assert not any("tensor<21x24xf32>" in line for line in inside)
+
+
+def test_room_for_more_tokens_changes_none(model):
+    """Short decoding does without the cross-attention's keys and values, long decoding has them."""
+    module, params, ids = model
+    for search in (decode.greedy, lambda *args: decode.beam(*args, beams=2, alpha=0)[0]):
+        short, long = (np.asarray(search(module, params, ids, n)) for n in (LENGTH, 16))
+        ended = (long == EOS_ID).any(1)
+        if search is decode.greedy:
+            np.testing.assert_array_equal(short, long[:, :LENGTH])
+        else:
+            np.testing.assert_array_equal(short[ended], long[ended, :LENGTH])
 
 
 def test_a_wide_beam_finds_the_best_of_all_sequences(model):

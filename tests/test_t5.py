@@ -9,7 +9,7 @@ import pytest
 from conftest import GOLDENS, TINY, golden
 
 from softprompt import backbone as backbones
-from softprompt import losses, t5, tree
+from softprompt import losses, partition, t5, tree
 from softprompt.prompted import PromptedT5
 
 
@@ -151,6 +151,33 @@ def test_layers_of_the_same_weights_draw_dropout_of_their_own():
     )
     assert len(seen) == cfg.num_encoder_layers - 1 > 1
     assert np.abs(seen[0] - seen[1]).max() > 0.1
+
+
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_few_queries_find_without_keys_and_values_what_many_find_with_them(weights):
+    mesh = partition.make_mesh(devices=1)
+    flat = dict(backbones.random(TINY, 1, mesh=mesh, weights=weights).params)
+    bank = np.random.default_rng(0).normal(size=(3, TINY.emb_dim)).astype(np.float32)
+    module = PromptedT5(TINY, 3)
+    ids = jnp.array(
+        [[*range(TINY.vocab_size, TINY.vocab_size + 3), 5, 9, 1, 0], [8, 2, 1] + [0] * 4]
+    )
+    out = jnp.array([[0, 4, 6], [0, 3, 5]])
+
+    @jax.jit
+    def logits(bank, out):
+        return module.apply({"params": tree.unflatten({**flat, "prompt/bank": bank})}, ids, out)
+
+    grad = jax.jit(jax.grad(lambda *x: jnp.sum(jnp.sin(logits(*x)[:, :3]))))
+    found = []
+    # What follows a position changes nothing there, but more positions are no longer few.
+    for length in (3, 40):
+        assert t5.few(TINY, length) == (length == 3)
+        padded = jnp.pad(out, ((0, 0), (0, length - 3)))
+        found.append((logits(bank, padded)[:, :3], grad(bank, padded)))
+    for few, many in zip(*found, strict=True):
+        np.testing.assert_allclose(few, many, rtol=1e-4, atol=1e-5 * np.abs(many).max())
+    assert np.abs(found[0][1]).max() > 1e-3
 
 
 def test_bfloat16_activations_give_float32_logits(tiny):
