@@ -115,12 +115,14 @@ class Ours:
                 return jax.numpy.full(x.shape, 0.05 / 73, x.dtype)
             return 0.05 * jax.random.normal(key, x.shape, x.dtype)
 
-        make = jax.jit(draw, static_argnums=(1, 2), out_shardings=partition.replicated(mesh))
+        make = jax.jit(draw, static_argnums=(1, 2))
         layout = backbone.layout(cfg, mesh, settings["weights"])
-        frozen = {
-            path: make(jax.random.key(i), jax.ShapeDtypeStruct(x.shape, x.dtype), path[-6:])
-            for i, (path, x) in enumerate(layout.items())
-        }
+        frozen = {}
+        for i, (path, x) in enumerate(layout.items()):
+            drawn = make(jax.random.key(i), jax.ShapeDtypeStruct(x.shape, x.dtype), path[-6:])
+            if jax.default_backend() == "cpu":  # As `backbone.load` places it.
+                drawn = partition.place_frozen(np.asarray(drawn), x.dtype, x.sharding)
+            frozen[path] = jax.device_put(drawn, x.sharding)
         bank = np.random.default_rng(0).uniform(-0.5, 0.5, (rows, cfg.emb_dim))
         trainable = {train.PROMPT: put(bank.astype(np.float32))}
         module, optimizer = prompted.PromptedT5(cfg, rows), optim.adafactor()
