@@ -55,8 +55,7 @@ class Backbone:
 def abstract(cfg: T5Config) -> dict[str, Any]:
     """Shapes and logical axes (`params`, `params_axes`) of a T5, without computing.
 
-    Tracing takes half a second for a dozen layers, and a run asks several times: kept for an
-    architecture, not to be changed.
+    Kept for an architecture, not to be changed: a run asks several times.
     """
     return _abstract(T5Config.from_json(cfg.to_json()))
 
@@ -64,7 +63,15 @@ def abstract(cfg: T5Config) -> dict[str, Any]:
 @functools.cache
 def _abstract(cfg: T5Config) -> dict[str, Any]:
     ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    return jax.eval_shape(PromptedT5(cfg).init, jax.random.key(0), ids, ids)
+    stacks = {"encoder": cfg.num_encoder_layers, "decoder": cfg.num_decoder_layers}
+    # The layers of a stack are alike: tracing them all would take most of a second.
+    one = dataclasses.replace(cfg, num_encoder_layers=1, num_decoder_layers=1)
+    found = jax.eval_shape(PromptedT5(one).init, jax.random.key(0), ids, ids)
+    for variables in found.values():
+        for stack, layers in stacks.items():
+            layer = variables[stack]["layers_0"]
+            variables[stack] |= {f"layers_{i}": layer for i in range(layers)}
+    return found
 
 
 def prompt_layout(cfg: T5Config, mesh: Mesh, rows: int) -> jax.ShapeDtypeStruct:
