@@ -220,8 +220,8 @@ def score_labels(
     """Log-likelihood `[B, C]` of each label (with EOS, padded by 0) for each row.
 
     `label_ids` are `[C, L]`, or `[B, C, L]` where every row has its own; a label of padding alone
-    scores 0. All labels of a row lie in one decoder row as segments, so that cross-attention keys
-    and values are made once per row, not once per label. With the key `dropout`, the model's
+    scores 0. All labels of a row lie in one decoder row as segments, so that what cross-attention
+    reads is made once per row, not once per label. With the key `dropout`, the model's
     dropout is on. With `segments` `[B, T]`, rows hold up to `count` packed examples:
     `[B, count, C]`, and only the scores of segments that a row has mean anything.
     """
