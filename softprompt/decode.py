@@ -28,7 +28,7 @@ def _start(module: PromptedT5, params: Params, encoder_ids: Array, length: int, 
     if beams > 1:
         tile = lambda x: jnp.repeat(x, beams, axis=0)  # noqa: E731
         cache, segments = jax.tree.map(tile, (cache, segments))
-        cross = [source.tiled(beams) for source in cross]
+        cross = [source.of_rows(tile) for source in cross]
 
     def step(ids, index, cache):
         return module.apply(variables, ids, index, cache, cross, segments, method="decode_step")

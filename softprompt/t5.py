@@ -263,9 +263,9 @@ class KV(NamedTuple):
     key: Array
     value: Array
 
-    def tiled(self, beams: int) -> "KV":
-        """Every row `beams` times."""
-        return KV(*(jnp.repeat(x, beams, axis=0) for x in self))
+    def of_rows(self, function: Callable[[Array], Array]) -> "KV":
+        """With `function` of every array that has a row for each of the batch."""
+        return KV(*map(function, self))
 
 
 class Direct(NamedTuple):
@@ -276,10 +276,9 @@ class Direct(NamedTuple):
     key: Matrix  # [A, H, D]
     value: Matrix  # [A, D, H]
 
-    def tiled(self, beams: int) -> "Direct":
-        """Every row `beams` times."""
-        repeat = lambda x: jnp.repeat(x, beams, axis=0)  # noqa: E731
-        return self._replace(x=repeat(self.x), turned=repeat(self.turned))
+    def of_rows(self, function: Callable[[Array], Array]) -> "Direct":
+        """With `function` of every array that has a row for each of the batch."""
+        return self._replace(x=function(self.x), turned=function(self.turned))
 
 
 class Attention(nn.Module):
@@ -452,7 +451,7 @@ def few(cfg: T5Config, queries: int) -> bool:
 
     For S positions of the encoder those cost A·(H + Q)·D·S multiply-adds, twice; without them it is
     A·Q·H·S. Up to 64 queries, of heads 64 wide, that is less at any width of the model: labels of a
-    few tokens spare a seventh of the whole forward pass.
+    few tokens spare a ninth of the whole forward pass.
     """
     return queries * cfg.emb_dim < (cfg.emb_dim + queries) * cfg.head_dim
 
