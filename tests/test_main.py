@@ -240,6 +240,38 @@ def test_starting_up_writes_nothing_that_is_not_ours(tmp_path):
 
 
 @pytest.mark.slow
+def test_freed_memory_stays_with_the_process_and_comes_into_huge_pages():
+    code = """if True:
+        import ctypes, json, mmap, numpy as np, re, time
+        from softprompt.__main__ import keep_memory
+
+        def heap():
+            found = open("/proc/self/smaps").read()
+            parts = re.findall("heap.*?VmFlags", found, re.DOTALL)
+            return [sum(int(re.search(f"{name}: *([0-9]+)", part)[1]) for part in parts)
+                    for name in ("Rss", "AnonHugePages")]
+
+        huge = mmap.mmap(-1, 2**23, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        huge.write(bytes(2**23))
+        at = ctypes.addressof(ctypes.c_char.from_buffer(huge))
+        able = ctypes.CDLL(None).madvise(ctypes.c_void_p(-(-at // 2**21) * 2**21), 2**21, 25) == 0
+        keep_memory(huge_after=1)
+        blocks = [np.ones(2**17) for _ in range(256)]  # 256 MiB
+        before = heap()
+        del blocks
+        ends = time.monotonic() + 30
+        while able and heap()[1] < 2**17 and time.monotonic() < ends:
+            time.sleep(0.1)
+        print(json.dumps([able, before, heap()]))
+    """
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    able, (used, _), (kept, huge) = json.loads(run.stdout)
+    assert kept >= used > 2**18
+    if not able:
+        pytest.skip("this kernel puts nothing into huge pages on demand")
+    assert huge > 2**17
+
+
 def test_a_cpu_is_split_into_devices_that_share_a_batch(tmp_path):
     run = subprocess.run(
         [sys.executable, "-m", "softprompt", "train", MODEL, "--gin_file=runs/prompt_finetune.gin",
