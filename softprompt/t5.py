@@ -281,6 +281,54 @@ class Direct(NamedTuple):
         return self._replace(x=function(self.x), turned=function(self.turned))
 
 
+class Kept(NamedTuple):
+    """What dropout keeps in a layer: masks that broadcast against it, or None where all is kept.
+
+    One mask for all queries and one for all positions, as T5's own code has it.
+    """
+
+    weights: Array | None = None  # [B, A, 1, S]
+    attended: Array | None = None  # [B, 1, H]
+    cross_weights: Array | None = None  # [B, A, 1, T]
+    cross_attended: Array | None = None  # [B, 1, H]
+    hidden: Array | None = None  # [B, 1, F], F the width inside the MLP
+    out: Array | None = None  # [B, 1, H]
+
+
+def draw_kept(
+    key: Array | None, cfg: T5Config, layers: int, rows: int, length: int, encoded: int = 0
+) -> list[Kept]:
+    """What a stack keeps of `length` positions, of a decoder that reads `encoded` ones.
+
+    First of its input (as `attended`) and output (`out`), then of each layer. Without a key all is
+    kept. One draw for each, one after the other from keys of the same form: the kernels that XLA
+    compiles for one layer are then those of all.
+    """
+    if key is None:
+        return [Kept()] * (layers + 1)
+    shapes = {
+        "weights": (cfg.num_heads, 1, length),
+        "attended": (1, cfg.emb_dim),
+        "hidden": (1, cfg.mlp_dim),
+        "out": (1, cfg.emb_dim),
+    }
+    if encoded:
+        shapes |= {"cross_weights": (cfg.num_heads, 1, encoded), "cross_attended": (1, cfg.emb_dim)}
+    ends = np.cumsum([np.prod(shape) for shape in shapes.values()])
+    found = []
+    for _ in range(layers + 1):
+        key, own = jax.random.split(key)
+        drawn = jax.random.bernoulli(own, 1 - cfg.dropout_rate, (rows, ends[-1]))
+        parts = zip(shapes.items(), jnp.split(drawn, ends[:-1], axis=-1), strict=True)
+        found.append(Kept(**{name: part.reshape(rows, *shape) for (name, shape), part in parts}))
+    return found
+
+
+def drop(x: Array, kept: Array | None, rate: float) -> Array:
+    """`x` with what is not `kept` at 0, and the rest scaled by as much as fell away on average."""
+    return x if kept is None else jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
+
+
 class Attention(nn.Module):
     """Multi-head attention. T5 has no 1/sqrt(D): it is folded into the query's initialiser."""
 
@@ -316,9 +364,12 @@ class Attention(nn.Module):
         return Direct(x, x.swapaxes(1, 2), key, (value.swapaxes(1, 2), scale))
 
     def __call__(
-        self, x: Array, source: KV | Direct, bias: Array, deterministic: bool = True
+        self, x: Array, source: KV | Direct, bias: Array, kept: Array | None = None
     ) -> Array:
-        """Attends from `x` `[B, Q, H]` to `source`; `bias` broadcasts to `[B, A, Q, S]`."""
+        """Attends from `x` `[B, Q, H]` to `source`; `bias` broadcasts to `[B, A, Q, S]`.
+
+        `kept` `[B, A, 1, S]`: see `Kept`.
+        """
         cfg = self.cfg
         query = self._heads(self.query(x))
         # Logits and softmax in float32 whatever the activations are.
@@ -331,12 +382,7 @@ class Attention(nn.Module):
         else:
             logits = product("baqd,basd->baqs", query, source.key, jnp.float32)
         weights = jax.nn.softmax(logits + bias.astype(jnp.float32)).astype(cfg.dtype)
-        if not deterministic and cfg.dropout_rate > 0:
-            # One mask for all queries, as T5's own code has it.
-            shape = (*weights.shape[:-2], 1, weights.shape[-1])
-            keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - cfg.dropout_rate, shape)
-            weights = weights * keep / (1 - cfg.dropout_rate)
-        weights = weights.astype(cfg.dtype)
+        weights = drop(weights, kept, cfg.dropout_rate)
         if isinstance(source, Direct):
             y = product("baqs,bsh->baqh", weights, source.x, cfg.dtype)
             y = multiply("baqh,adh->baqd", y, source.value, cfg.dtype)
@@ -364,7 +410,8 @@ class Mlp(nn.Module):
     cfg: T5Config
 
     @nn.compact
-    def __call__(self, x: Array, deterministic: bool = True) -> Array:
+    def __call__(self, x: Array, kept: Array | None = None) -> Array:
+        """`[B, S, H]` for `x` `[B, S, H]`; `kept` `[B, 1, F]`: see `Kept`."""
         cfg = self.cfg
         parts = []
         for i in range(len(cfg.mlp_activations)):
@@ -373,7 +420,7 @@ class Mlp(nn.Module):
             dense = Dense(shape, ("embed", "mlp"), cfg.dtype, name=name)
             parts.append(dense(x, jnp.float32))
         y = _activated(cfg.mlp_activations, parts)
-        y = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))(y, deterministic=deterministic)
+        y = drop(y, kept, cfg.dropout_rate)
         return Dense((cfg.mlp_dim, cfg.emb_dim), ("mlp", "embed"), cfg.dtype, name="wo")(y)
 
 
@@ -436,14 +483,14 @@ class EncoderLayer(nn.Module):
         self.attention = Attention(cfg)
         self.pre_mlp_layer_norm = LayerNorm(cfg.dtype)
         self.mlp = Mlp(cfg)
-        self.dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
 
-    def whole(self, x: Array, bias: Array, deterministic: bool) -> Array:
+    def whole(self, x: Array, bias: Array, kept: Kept) -> Array:
+        rate = self.cfg.dropout_rate
         y = self.pre_attention_layer_norm(x)
-        y = self.attention(y, self.attention.keys_values(y), bias, deterministic)
-        x = x + self.dropout(y, deterministic=deterministic)
-        y = self.mlp(self.pre_mlp_layer_norm(x), deterministic)
-        return x + self.dropout(y, deterministic=deterministic)
+        y = self.attention(y, self.attention.keys_values(y), bias, kept.weights)
+        x = x + drop(y, kept.attended, rate)
+        y = self.mlp(self.pre_mlp_layer_norm(x), kept.hidden)
+        return x + drop(y, kept.out, rate)
 
 
 def few(cfg: T5Config, queries: int) -> bool:
@@ -469,7 +516,6 @@ class DecoderLayer(nn.Module):
         self.encoder_decoder_attention = Attention(cfg)
         self.pre_mlp_layer_norm = LayerNorm(cfg.dtype)
         self.mlp = Mlp(cfg)
-        self.dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
 
     def self_keys_values(self, x: Array) -> KV:
         return self.self_attention.keys_values(self.pre_self_attention_layer_norm(x))
@@ -481,29 +527,29 @@ class DecoderLayer(nn.Module):
         return make(encoded)
 
     def whole(
-        self, x: Array, encoded: Array, self_bias: Array, cross_bias: Array, deterministic: bool
+        self, x: Array, encoded: Array, self_bias: Array, cross_bias: Array, kept: Kept
     ) -> Array:
         """All positions at once: `x` `[B, L, H]` and `encoded` `[B, T, H]`."""
         kv, cross = self.self_keys_values(x), self.cross(encoded, x.shape[1])
-        return self(x, kv, cross, self_bias, cross_bias, deterministic)
+        return self(x, kv, cross, self_bias, cross_bias, kept)
 
     def one(
         self,
         y: Array,
         index: Array,
-        kept: KV,
+        cached: KV,
         cross: KV | Direct,
         self_bias: Array,
         cross_bias: Array,
     ) -> tuple[Array, KV]:
-        """One position `y` `[B, 1, H]` at `index`, and `kept` with its keys and values."""
+        """One position `y` `[B, 1, H]` at `index`, and `cached` with its keys and values."""
         kv = KV(
             *(
                 jax.lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), index, axis=2)
-                for old, x in zip(kept, self.self_keys_values(y), strict=True)
+                for old, x in zip(cached, self.self_keys_values(y), strict=True)
             )
         )
-        return self(y, kv, cross, self_bias, cross_bias, True), kv
+        return self(y, kv, cross, self_bias, cross_bias, Kept()), kv
 
     def __call__(
         self,
@@ -512,35 +558,34 @@ class DecoderLayer(nn.Module):
         cross: KV | Direct,
         self_bias: Array,
         cross_bias: Array,
-        deterministic: bool,
+        kept: Kept,
     ) -> Array:
+        rate = self.cfg.dropout_rate
         y = self.pre_self_attention_layer_norm(x)
-        y = self.self_attention(y, self_kv, self_bias, deterministic)
-        x = x + self.dropout(y, deterministic=deterministic)
+        y = self.self_attention(y, self_kv, self_bias, kept.weights)
+        x = x + drop(y, kept.attended, rate)
         y = self.pre_cross_attention_layer_norm(x)
-        y = self.encoder_decoder_attention(y, cross, cross_bias, deterministic)
-        x = x + self.dropout(y, deterministic=deterministic)
-        y = self.mlp(self.pre_mlp_layer_norm(x), deterministic)
-        return x + self.dropout(y, deterministic=deterministic)
+        y = self.encoder_decoder_attention(y, cross, cross_bias, kept.cross_weights)
+        x = x + drop(y, kept.cross_attended, rate)
+        y = self.mlp(self.pre_mlp_layer_norm(x), kept.hidden)
+        return x + drop(y, kept.out, rate)
 
 
-def layer_class(layer: type[nn.Module], remat: str, arrays: int, *others: str) -> type[nn.Module]:
+def layer_class(layer: type[nn.Module], remat: str, *others: str) -> type[nn.Module]:
     """A layer class that is traced once for all layers of a stack, and keeps what `remat` says.
 
     For the backward pass of its method `whole`, 'full' keeps the layer's inputs, 'minimal' also the
     outputs of its dense layers, so that no matrix of weights is multiplied again (T5X's names).
-    `arrays` arguments of it are arrays, the one after them is `deterministic`; `others` are methods
-    that take arrays alone.
+    `others` are methods that are traced once too.
     """
     if remat not in REMAT:
         raise ValueError(f"REMAT is {remat!r}, expected one of {', '.join(REMAT)}")
-    static = {"static_argnums": (arrays + 1,)}
     if remat != "none":
         policy = None
         if remat == "minimal":
             policy = jax.checkpoint_policies.save_only_these_names(DENSE)
-        layer = nn.remat(layer, policy=policy, methods=["whole"], **static)
-    return nn.jit(layer, methods={"whole": static, **{name: {} for name in others}})
+        layer = nn.remat(layer, policy=policy, methods=["whole"])
+    return nn.jit(layer, methods=["whole", *others])
 
 
 class TokenEmbedder(nn.Module):
@@ -582,11 +627,9 @@ class Encoder(nn.Module):
     def setup(self):
         cfg = self.cfg
         self.relpos_bias = RelativePositionBias(cfg, bidirectional=True)
-        layer = layer_class(EncoderLayer, cfg.remat, 2)
+        layer = layer_class(EncoderLayer, cfg.remat)
         self.layers = [layer(cfg) for _ in range(cfg.num_encoder_layers)]
         self.encoder_norm = LayerNorm(cfg.dtype)
-        self.input_dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
-        self.output_dropout = nn.Dropout(cfg.dropout_rate)
 
     def __call__(
         self, x: Array, mask: Array, deterministic: bool, before: Before | None = None
@@ -597,12 +640,15 @@ class Encoder(nn.Module):
         """
         positions = jnp.arange(x.shape[1])
         bias = self.relpos_bias(positions, positions) + jnp.where(mask, 0.0, MASKED)
-        x = self.input_dropout(x, deterministic=deterministic)
+        rate = 0.0 if deterministic else self.cfg.dropout_rate
+        key = self.make_rng("dropout") if rate else None
+        ends, *kept = draw_kept(key, self.cfg, len(self.layers), *x.shape[:2])
+        x = drop(x, ends.attended, rate)
         for i, layer in enumerate(self.layers):
             if before is not None and i:
                 x = before(i, x)
-            x = layer.whole(x, bias, deterministic)
-        return self.output_dropout(self.encoder_norm(x), deterministic=deterministic)
+            x = layer.whole(x, bias, kept[i])
+        return drop(self.encoder_norm(x), ends.out, rate)
 
 
 class Decoder(nn.Module):
@@ -613,10 +659,9 @@ class Decoder(nn.Module):
     def setup(self):
         cfg = self.cfg
         self.relpos_bias = RelativePositionBias(cfg, bidirectional=False)
-        layer = layer_class(DecoderLayer, cfg.remat, 4, "one")
+        layer = layer_class(DecoderLayer, cfg.remat, "one")
         self.layers = [layer(cfg) for _ in range(cfg.num_decoder_layers)]
         self.decoder_norm = LayerNorm(cfg.dtype)
-        self.dropout = nn.Dropout(cfg.dropout_rate, broadcast_dims=(-2,))
         if not cfg.logits_via_embedding:
             shape = (cfg.emb_dim, cfg.vocab_size)
             self.logits_dense = Dense(shape, ("embed", "vocab"), cfg.dtype)
@@ -628,10 +673,13 @@ class Decoder(nn.Module):
         positions = jnp.arange(y.shape[1])
         bias = self.relpos_bias(positions, positions) + jnp.where(mask, 0.0, MASKED)
         cross_bias = jnp.where(cross_mask, 0.0, MASKED)
-        y = self.dropout(y, deterministic=deterministic)
-        for layer in self.layers:
-            y = layer.whole(y, encoded, bias, cross_bias, deterministic)
-        return self.dropout(self.decoder_norm(y), deterministic=deterministic)
+        rate = 0.0 if deterministic else self.cfg.dropout_rate
+        key = self.make_rng("dropout") if rate else None
+        ends, *kept = draw_kept(key, self.cfg, len(self.layers), *y.shape[:2], encoded.shape[1])
+        y = drop(y, ends.attended, rate)
+        for layer, of_layer in zip(self.layers, kept, strict=True):
+            y = layer.whole(y, encoded, bias, cross_bias, of_layer)
+        return drop(self.decoder_norm(y), ends.out, rate)
 
     def cross(self, encoded: Array, queries: int) -> Sequence[KV | Direct]:
         """What each layer attends to: see `DecoderLayer.cross`."""
@@ -652,8 +700,8 @@ class Decoder(nn.Module):
         bias = bias + jnp.where(positions <= index, 0.0, MASKED)
         cross_bias = jnp.where(cross_mask, 0.0, MASKED)
         updated = []
-        for layer, kept, source in zip(self.layers, cache, cross, strict=True):
-            y, kv = layer.one(y, index, kept, source, bias, cross_bias)
+        for layer, cached, source in zip(self.layers, cache, cross, strict=True):
+            y, kv = layer.one(y, index, cached, source, bias, cross_bias)
             updated.append(kv)
         return self.decoder_norm(y), updated
 

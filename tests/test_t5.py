@@ -153,6 +153,57 @@ def test_layers_of_the_same_weights_draw_dropout_of_their_own():
     assert np.abs(seen[0] - seen[1]).max() > 0.1
 
 
+def test_dropout_keeps_its_share_one_mask_for_all_positions():
+    cfg = dataclasses.replace(TINY, dropout_rate=0.25)
+    rows, length, encoded = 64, 5, 7
+    ends, *layers = t5.draw_kept(jax.random.key(0), cfg, 3, rows, length, encoded)
+    assert len(layers) == 3
+    per_head = (rows, cfg.num_heads, 1)
+    per_place = (rows, 1, cfg.emb_dim)
+    for found in (ends, *layers):
+        assert {name: x.shape for name, x in found._asdict().items()} == {
+            "weights": (*per_head, length),
+            "attended": per_place,
+            "cross_weights": (*per_head, encoded),
+            "cross_attended": per_place,
+            "hidden": (rows, 1, cfg.mlp_dim),
+            "out": per_place,
+        }
+        for x in found:
+            assert abs(float(x.mean()) - 0.75) < 5 * np.sqrt(0.25 * 0.75 / x.size)
+    flat = np.stack([np.concatenate([np.ravel(x) for x in found]) for found in (ends, *layers)])
+    assert np.abs(np.corrcoef(flat) - np.eye(4)).max() < 0.03, "every layer draws its own"
+    alone = t5.draw_kept(jax.random.key(0), cfg, 3, rows, length)
+    assert all(x.cross_weights is None and x.cross_attended is None for x in alone)
+    assert t5.draw_kept(None, cfg, 2, rows, length) == [t5.Kept()] * 3
+
+
+def test_what_is_dropped_is_zero_and_the_rest_makes_up_for_it():
+    x = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
+    kept = np.array([[[True, False, True, True]], [[False, True, True, False]]])
+    found = t5.drop(jnp.asarray(x), jnp.asarray(kept), 0.2)
+    np.testing.assert_allclose(found, np.where(kept, x / 0.8, 0), rtol=1e-6)
+    assert t5.drop(jnp.asarray(x, jnp.bfloat16), jnp.asarray(kept), 0.2).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("part", ["weights", "attended", "hidden", "out"])
+def test_each_place_of_an_encoder_layer_drops_by_its_own_mask(part):
+    """What is dropped whole there leaves what the layer gives without it."""
+    cfg = dataclasses.replace(TINY, dropout_rate=0.25)
+    layer = t5.EncoderLayer(cfg)
+    x = jax.random.normal(jax.random.key(1), (2, 5, cfg.emb_dim))
+    bias = jnp.zeros((1, 1, 5, 5))
+    params = layer.init(jax.random.key(0), x, bias, t5.Kept(), method="whole")
+    run = lambda kept: layer.apply(params, x, bias, kept, method="whole")  # noqa: E731
+    empty = t5.Kept(**{part: jnp.zeros((2, 1, 1, 1) if part == "weights" else (2, 1, 1), bool)})
+    found = run(empty)
+    attention = run(t5.Kept(out=jnp.zeros((2, 1, 1), bool)))
+    mlp = run(t5.Kept(attended=jnp.zeros((2, 1, 1), bool)))
+    expected = attention if part in ("hidden", "out") else mlp
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert np.abs(np.asarray(attention) - np.asarray(mlp)).max() > 0.1
+
+
 @pytest.mark.parametrize("weights", [None, "int8"])
 def test_few_queries_find_without_keys_and_values_what_many_find_with_them(weights):
     mesh = partition.make_mesh(devices=1)
