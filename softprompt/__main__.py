@@ -333,55 +333,59 @@ def _run_gin(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> int:
         raise ValueError("--device_memory is for --dry_run")
     if getattr(args, "dry_run", False):
         return _dry_run(args, [*_user_data(args), *bindings, *_gin_bindings(args)])
-    _import_tensorflow()
-    import seqio
-
     from softprompt import config, launch
-    from softprompt.tasks import sources
 
     bindings = [*_user_data(args), *bindings, *_gin_bindings(args)]
     if getattr(args, "ignore_fingerprint", False):
         bindings.append(("IGNORE_FINGERPRINT", "True"))
-    if args.data_dir:
-        sources.use_data_dir(args.data_dir)
-    if args.tfds_data_dir:
-        seqio.set_tfds_data_dir_override(args.tfds_data_dir)
-    if args.seqio_additional_cache_dirs:
-        seqio.add_global_cache_dirs(args.seqio_additional_cache_dirs.split(","))
     search_paths = [p for p in args.gin_search_paths.split(",") if p]
+    parsed = args.gin_file, bindings, search_paths
+    options = {}
+    if args.command not in ("sweep", "population", "transfer"):
+        config.parse(*parsed)
+        if args.command == "train":
+            # Reading it takes the time that importing takes.
+            with config.errors():
+                options["shared"] = launch.load_ahead(config.arguments(launch.train))
+    _use_data(args)
     if args.command == "sweep":
         from softprompt import sweep
 
-        sweep.sweep(args.gin_file, bindings, search_paths)
-        return 0
-    if args.command == "population":
+        sweep.sweep(*parsed)
+    elif args.command == "population":
         from softprompt import members
 
-        members.run(args.gin_file, bindings, search_paths)
-        return 0
-    if args.command == "transfer":
+        members.run(*parsed)
+    elif args.command == "transfer":
         from softprompt import transfer
 
-        transfer.transfer(args.gin_file, bindings, search_paths)
-        return 0
-    config.parse(args.gin_file, bindings, search_paths)
-    with config.errors():
-        config.configured(getattr(launch, args.command))()
+        transfer.transfer(*parsed)
+    else:
+        with config.errors():
+            config.configured(getattr(launch, args.command))(**options)
     return 0
 
 
-def _reproduce(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> int:
-    keep_memory()
+def _use_data(args: argparse.Namespace) -> None:
+    """Imports what reads data, and tells it of the folders that the flags name."""
     _import_tensorflow()
     import seqio
 
-    from softprompt import experiments, reproduce
     from softprompt.tasks import sources
 
     if args.data_dir:
         sources.use_data_dir(args.data_dir)
     if args.tfds_data_dir:
         seqio.set_tfds_data_dir_override(args.tfds_data_dir)
+    if cached := getattr(args, "seqio_additional_cache_dirs", ""):
+        seqio.add_global_cache_dirs(cached.split(","))
+
+
+def _reproduce(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> int:
+    keep_memory()
+    _use_data(args)
+    from softprompt import experiments, reproduce
+
     if args.list or not args.name:
         print("\n".join(experiments.listing()))
         return 0

@@ -1,7 +1,9 @@
 """What a training run reads: batches in one of three forms, and what several runs share."""
 
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -26,7 +28,21 @@ class Shared:
         if key not in self._found:
             # The arguments are kept, for the identity of a dead object may be taken again.
             self._found[key] = (function(*arguments), arguments)
-        return self._found[key][0]
+        found = self._found[key][0]
+        return found.result() if isinstance(found, Future) else found
+
+    def ahead(self, function: Callable, *arguments: Any) -> None:
+        """Begins such a call in a thread. Who makes it later gets what it returns or raises."""
+        future: Future = Future()
+
+        def call() -> None:
+            try:
+                future.set_result(function(*arguments))
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._found[(function, *map(self._key, arguments))] = (future, arguments)
+        threading.Thread(target=call, daemon=True).start()
 
     @staticmethod
     def _key(argument: Any) -> Any:

@@ -88,6 +88,17 @@ def _load_backbone(
     return backbones.random(cfg, seed, vocabulary, mesh, architecture, weights)
 
 
+def load_ahead(settings: Mapping[str, Any]) -> Shared:
+    """What `train` shares, where a thread loads the stored backbone that its arguments name."""
+    shared, path = Shared(), settings["initial_checkpoint_path"]
+    if path is not None:
+        named = (settings[name] for name in ("architecture", "vocabulary_file"))
+        of_run = (settings[name] for name in ("dtype", "dropout_rate"))
+        kept = (settings[name] for name in ("weights", "remat"))
+        shared.ahead(_load_backbone, path, *named, settings["mesh"](), *of_run, 0, *kept)
+    return shared
+
+
 def train(
     model_dir: Path,
     mixture_or_task_name: str,

@@ -8,12 +8,13 @@ import pathlib
 import re
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
 
 import softprompt
-from softprompt import evaluation, prompt, tree
+from softprompt import evaluation, launch, prompt, tree
 from softprompt.__main__ import _without, main, split_gin
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -199,6 +200,24 @@ def test_bad_input_is_one_sentence_and_a_failure(tmp_path, capsys, flags, messag
     said = capsys.readouterr().err.strip()
     assert message in said and len(said.splitlines()) == 1
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_stored_backbone_is_loaded_once_while_packages_are_imported(
+    tmp_path, rows, monkeypatch, capsys
+):
+    loaded, load = [], launch.backbones.load
+
+    def counted(path, *args, **kwargs):
+        loaded.append((path, threading.current_thread() is threading.main_thread()))
+        return load(path, *args, **kwargs)
+
+    monkeypatch.setattr(launch.backbones, "load", counted)
+    flags = [f"--train_file={rows}", "--labels=good,bad", "--template={body}", "--target=mark"]
+    assert train(tmp_path / "run", *flags, "--gin.EVAL_SPLIT=none") == 0
+    assert loaded == [("embedded", False)]
+    assert train(tmp_path / "other", *flags, "--gin.INITIAL_CHECKPOINT_PATH=/nothing/there") == 2
+    assert "nothing/there" in capsys.readouterr().err
+    assert len(loaded) == 2
 
 
 def test_gin_flags_are_told_from_the_others():
