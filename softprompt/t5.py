@@ -381,13 +381,17 @@ class Attention(nn.Module):
             logits = product("baqh,bhs->baqs", query, source.turned, jnp.float32)
         else:
             logits = product("baqd,basd->baqs", query, source.key, jnp.float32)
-        weights = jax.nn.softmax(logits + bias.astype(jnp.float32)).astype(cfg.dtype)
-        weights = drop(weights, kept, cfg.dropout_rate)
+        logits = logits + bias.astype(jnp.float32)
+        weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+        # The softmax divides what it weighs instead of its weights, of which there are more.
+        total = weights.sum(-1, keepdims=True)
+        weights = drop(weights.astype(cfg.dtype), kept, cfg.dropout_rate)
         if isinstance(source, Direct):
-            y = product("baqs,bsh->baqh", weights, source.x, cfg.dtype)
-            y = multiply("baqh,adh->baqd", y, source.value, cfg.dtype)
+            y = product("baqs,bsh->baqh", weights, source.x, jnp.float32) / total
+            y = multiply("baqh,adh->baqd", y.astype(cfg.dtype), source.value, cfg.dtype)
         else:
-            y = product("baqs,basd->baqd", weights, source.value, cfg.dtype)
+            y = product("baqs,basd->baqd", weights, source.value, jnp.float32) / total
+            y = y.astype(cfg.dtype)
         y = y.swapaxes(1, 2)
         return self.out(y.reshape(*y.shape[:-2], -1))
 
@@ -603,7 +607,9 @@ class TokenEmbedder(nn.Module):
         )
 
     def __call__(self, ids: Array) -> Array:
-        rows = jnp.take(self.embedding, ids, axis=0, mode="clip")
+        # Tied to the ids: else a loop's bfloat16 table is widened as a whole before it, on a CPU.
+        table, ids = jax.lax.optimization_barrier((self.embedding, ids))
+        rows = jnp.take(table, ids, axis=0, mode="clip")
         if rows.dtype == jnp.int8:
             rows = rows * jnp.take(self._scale(), ids, axis=0, mode="clip")
         return rows.astype(self.cfg.dtype)
