@@ -195,6 +195,27 @@ def _int8_product_backward(spec, dtype, saved, grad):
 int8_product.defvjp(_int8_product_forward, _int8_product_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def divide(x: Array, total: Array, dtype: Any) -> Array:
+    """`x / total` as `dtype`, `total` of one value a row; its gradients need the result alone."""
+    return (x / total).astype(dtype)
+
+
+def _divide_forward(x, total, dtype):
+    y = divide(x, total, dtype)
+    return y, (y, total)
+
+
+def _divide_backward(dtype, saved, grad):
+    del dtype
+    y, total = saved
+    grad = grad.astype(jnp.float32) / total
+    return grad, -(grad * y.astype(jnp.float32)).sum(-1, keepdims=True)
+
+
+divide.defvjp(_divide_forward, _divide_backward)
+
+
 # A matrix of weights, and scales that broadcast against what it is multiplied into, if it is int8.
 Matrix = tuple[Array, Array | None]
 
@@ -387,11 +408,11 @@ class Attention(nn.Module):
         total = weights.sum(-1, keepdims=True)
         weights = drop(weights.astype(cfg.dtype), kept, cfg.dropout_rate)
         if isinstance(source, Direct):
-            y = product("baqs,bsh->baqh", weights, source.x, jnp.float32) / total
-            y = multiply("baqh,adh->baqd", y.astype(cfg.dtype), source.value, cfg.dtype)
+            y = divide(product("baqs,bsh->baqh", weights, source.x, jnp.float32), total, cfg.dtype)
+            y = multiply("baqh,adh->baqd", y, source.value, cfg.dtype)
         else:
-            y = product("baqs,basd->baqd", weights, source.value, jnp.float32) / total
-            y = y.astype(cfg.dtype)
+            y = product("baqs,basd->baqd", weights, source.value, jnp.float32)
+            y = divide(y, total, cfg.dtype)
         y = y.swapaxes(1, 2)
         return self.out(y.reshape(*y.shape[:-2], -1))
 

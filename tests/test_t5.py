@@ -153,6 +153,42 @@ def test_layers_of_the_same_weights_draw_dropout_of_their_own():
     assert np.abs(seen[0] - seen[1]).max() > 0.1
 
 
+@pytest.mark.parametrize("direct", [False, True])
+def test_attention_and_its_gradient_are_those_of_a_softmax_over_weights(direct):
+    layer = t5.Attention(TINY)
+    x, source, cotangent = (
+        jax.random.normal(jax.random.key(i), (2, n, TINY.emb_dim)) for i, n in enumerate((4, 6, 4))
+    )
+    bias = 3 * jax.random.normal(jax.random.key(3), (2, TINY.num_heads, 4, 6))
+    bias = bias.at[0, :, :, 4:].set(t5.MASKED)
+    kept = jax.random.bernoulli(jax.random.key(4), 0.7, (2, TINY.num_heads, 1, 6))
+    params = layer.init(
+        jax.random.key(5), x, source, bias, method=lambda m, x, s, b: m(x, m.keys_values(s), b)
+    )
+    cfg = dataclasses.replace(TINY, dropout_rate=0.3)
+    layer, way = t5.Attention(cfg), "direct" if direct else "keys_values"
+
+    def ours(x, source, bias):
+        run = lambda m: m(x, getattr(m, way)(source), bias, kept)  # noqa: E731
+        return (layer.apply(params, method=run) * cotangent).sum()
+
+    def plain(x, source, bias):
+        kernels = params["params"]
+
+        def heads(name, x):
+            return (x @ kernels[name]["kernel"]).reshape(*x.shape[:2], TINY.num_heads, -1)
+
+        q, k, v = heads("query", x), heads("key", source), heads("value", source)
+        weights = jax.nn.softmax(jnp.einsum("bqad,bsad->baqs", q, k) + bias) * kept / 0.7
+        y = jnp.einsum("baqs,bsad->bqad", weights, v).reshape(2, 4, -1)
+        return (y @ kernels["out"]["kernel"] * cotangent).sum()
+
+    found = jax.value_and_grad(ours, argnums=(0, 1, 2))(x, source, bias)
+    expected = jax.value_and_grad(plain, argnums=(0, 1, 2))(x, source, bias)
+    assert float(jnp.abs(expected[1][2]).max()) > 0.01
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, expected)
+
+
 def test_dropout_keeps_its_share_one_mask_for_all_positions():
     cfg = dataclasses.replace(TINY, dropout_rate=0.25)
     rows, length, encoded = 64, 5, 7
