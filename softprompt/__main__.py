@@ -86,7 +86,7 @@ def _import_tensorflow() -> None:
 
 @functools.cache
 def keep_memory(huge_after: float = 30.0) -> None:
-    """Tells glibc to keep freed memory instead of returning it to the kernel, once for a process.
+    """Tells glibc to keep freed memory instead of returning it to the kernel.
 
     XLA's CPU client frees and allocates a step's temporaries at every step: by default each time
     from fresh pages, whose faults took a quarter of a pre-training step. What the heap has grown to
@@ -125,9 +125,9 @@ def _huge_pages() -> None:
 
     madvise, huge, collapse = ctypes.CDLL(None).madvise, 2**21, 25  # linux/mman.h
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    for line in pathlib.Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
-        if line.endswith("[heap]"):
-            start, end = (int(x, 16) for x in line.split()[0].split("-"))
+    for line in pathlib.Path("/proc/self/maps").read_bytes().splitlines():
+        if line.endswith(b"[heap]"):
+            start, end = (int(x, 16) for x in line.split()[0].split(b"-"))
             start, end = -(-start // huge) * huge, end // huge * huge
             if end > start:
                 madvise(start, end - start, collapse)

@@ -42,7 +42,8 @@ class Shared:
                 future.set_exception(error)
 
         self._found[(function, *map(self._key, arguments))] = (future, arguments)
-        threading.Thread(target=call, daemon=True).start()
+        # No daemon: one that still runs XLA when the interpreter is gone would abort the process.
+        threading.Thread(target=call).start()
 
     @staticmethod
     def _key(argument: Any) -> Any:

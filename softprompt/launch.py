@@ -6,6 +6,7 @@ Training, from gin's values to a run, is here; what predicts without it is in `p
 
 import dataclasses
 import functools
+import inspect
 import os
 import pathlib
 import time
@@ -90,12 +91,12 @@ def _load_backbone(
 
 def load_ahead(settings: Mapping[str, Any]) -> Shared:
     """What `train` shares, where a thread loads the stored backbone that its arguments name."""
-    shared, path = Shared(), settings["initial_checkpoint_path"]
-    if path is not None:
-        named = (settings[name] for name in ("architecture", "vocabulary_file"))
-        of_run = (settings[name] for name in ("dtype", "dropout_rate"))
-        kept = (settings[name] for name in ("weights", "remat"))
-        shared.ahead(_load_backbone, path, *named, settings["mesh"](), *of_run, 0, *kept)
+    shared = Shared()
+    if settings["initial_checkpoint_path"] is not None:
+        given = {**settings, "mesh": settings["mesh"](), "seed": 0}
+        names = inspect.signature(_load_backbone).parameters
+        given["path"] = given["initial_checkpoint_path"]
+        shared.ahead(_load_backbone, *(given[name] for name in names))
     return shared
 
 

@@ -195,14 +195,39 @@ def _int8_product_backward(spec, dtype, saved, grad):
 int8_product.defvjp(_int8_product_forward, _int8_product_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def exponentials(logits: Array, dtype: Any) -> tuple[Array, Array]:
+    """Softmax's numerators as `dtype`, and their float32 sums `[..., 1]` over the last axis.
+
+    `logits` are float32. The backward pass takes the numerators as they were rounded: only those
+    are kept, and of all that a layer keeps they are the most.
+    """
+    weights = jnp.exp(logits - logits.max(-1, keepdims=True))
+    return weights.astype(dtype), weights.sum(-1, keepdims=True)
+
+
+def _exponentials_forward(logits, dtype):
+    weights, total = exponentials.fun(logits, dtype)
+    return (weights, total), weights
+
+
+def _exponentials_backward(dtype, weights, grads):
+    del dtype
+    of_weights, of_total = grads
+    return ((of_weights.astype(jnp.float32) + of_total) * weights.astype(jnp.float32),)
+
+
+exponentials.defvjp(_exponentials_forward, _exponentials_backward)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def divide(x: Array, total: Array, dtype: Any) -> Array:
-    """`x / total` as `dtype`, `total` of one value a row; its gradients need the result alone."""
+    """`x / total` as `dtype`, `total` of one value a row; the backward pass does without `x`."""
     return (x / total).astype(dtype)
 
 
 def _divide_forward(x, total, dtype):
-    y = divide(x, total, dtype)
+    y = divide.fun(x, total, dtype)
     return y, (y, total)
 
 
@@ -305,7 +330,8 @@ class Direct(NamedTuple):
 class Kept(NamedTuple):
     """What dropout keeps in a layer: masks that broadcast against it, or None where all is kept.
 
-    One mask for all queries and one for all positions, as T5's own code has it.
+    One mask for all queries and one for all positions, as T5's own code has it, and flaxformer for
+    the encoder's output too.
     """
 
     weights: Array | None = None  # [B, A, 1, S]
@@ -346,8 +372,11 @@ def draw_kept(
 
 
 def drop(x: Array, kept: Array | None, rate: float) -> Array:
-    """`x` with what is not `kept` at 0, and the rest scaled by as much as fell away on average."""
-    return x if kept is None else jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
+    """`x` with what is not `kept` at 0, and the rest scaled by as much as fell away on average.
+
+    A product with the mask: the backward pass of a choice would keep a mask as large as `x`.
+    """
+    return x if kept is None else x * jnp.where(kept, 1 / (1 - rate), 0.0).astype(x.dtype)
 
 
 class Attention(nn.Module):
@@ -403,16 +432,17 @@ class Attention(nn.Module):
         else:
             logits = product("baqd,basd->baqs", query, source.key, jnp.float32)
         logits = logits + bias.astype(jnp.float32)
-        weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
         # The softmax divides what it weighs instead of its weights, of which there are more.
-        total = weights.sum(-1, keepdims=True)
-        weights = drop(weights.astype(cfg.dtype), kept, cfg.dropout_rate)
+        weights, total = exponentials(logits, cfg.dtype)
         if isinstance(source, Direct):
+            weights = drop(weights, kept, cfg.dropout_rate)
             y = divide(product("baqs,bsh->baqh", weights, source.x, jnp.float32), total, cfg.dtype)
             y = multiply("baqh,adh->baqd", y, source.value, cfg.dtype)
         else:
-            y = product("baqs,basd->baqd", weights, source.value, jnp.float32)
-            y = divide(y, total, cfg.dtype)
+            # One mask for all queries may as well fall on the values.
+            kept = None if kept is None else kept.swapaxes(2, 3)
+            value = drop(source.value, kept, cfg.dropout_rate)
+            y = divide(product("baqs,basd->baqd", weights, value, jnp.float32), total, cfg.dtype)
         y = y.swapaxes(1, 2)
         return self.out(y.reshape(*y.shape[:-2], -1))
 

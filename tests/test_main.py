@@ -220,6 +220,31 @@ def test_a_stored_backbone_is_loaded_once_while_packages_are_imported(
     assert len(loaded) == 2
 
 
+def test_a_failed_command_stops_what_is_loaded_ahead():
+    code = """if True:
+        import dataclasses, sys, time
+        from softprompt import backbone, formats, inputs
+
+        def slow(*args):
+            def read(name):
+                time.sleep(0.2)
+                print("tensor", flush=True)
+                return stored.read(name)
+
+            stored = found(*args)
+            return dataclasses.replace(stored, read=read)
+
+        found, formats.open_stored = formats.open_stored, slow
+        inputs.Shared().ahead(backbone.load, "embedded")
+        time.sleep(1.5)
+        sys.exit(2)
+    """
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert 0 < run.stdout.count("tensor") < 20, "what is left of it is not read"
+    assert "Traceback" not in run.stderr
+
+
 def test_gin_flags_are_told_from_the_others():
     rest, bindings = split_gin(["train", "--gin.A=1=2", "--x", "--gin.B", "3"])
     assert rest == ["train", "--x"] and bindings == [("A", "1=2"), ("B", "3")]
@@ -258,7 +283,6 @@ def test_starting_up_writes_nothing_that_is_not_ours(tmp_path):
     assert run.returncode == 0 and run.stderr == ""
 
 
-@pytest.mark.slow
 def test_freed_memory_stays_with_the_process_and_comes_into_huge_pages():
     code = """if True:
         import ctypes, json, mmap, numpy as np, re, time
@@ -291,6 +315,7 @@ def test_freed_memory_stays_with_the_process_and_comes_into_huge_pages():
     assert huge > 2**17
 
 
+@pytest.mark.slow
 def test_a_cpu_is_split_into_devices_that_share_a_batch(tmp_path):
     run = subprocess.run(
         [sys.executable, "-m", "softprompt", "train", MODEL, "--gin_file=runs/prompt_finetune.gin",

@@ -222,22 +222,58 @@ def test_what_is_dropped_is_zero_and_the_rest_makes_up_for_it():
     assert t5.drop(jnp.asarray(x, jnp.bfloat16), jnp.asarray(kept), 0.2).dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("part", ["weights", "attended", "hidden", "out"])
-def test_each_place_of_an_encoder_layer_drops_by_its_own_mask(part):
-    """What is dropped whole there leaves what the layer gives without it."""
+PLACES = ("weights", "attended", "cross_weights", "cross_attended", "hidden", "out")
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("decoder", [False, True])
+def test_what_a_layer_drops_whole_is_as_if_that_part_were_not_there(decoder, place):
+    if place.startswith("cross") and not decoder:
+        return
     cfg = dataclasses.replace(TINY, dropout_rate=0.25)
-    layer = t5.EncoderLayer(cfg)
-    x = jax.random.normal(jax.random.key(1), (2, 5, cfg.emb_dim))
+    layer = t5.DecoderLayer(cfg) if decoder else t5.EncoderLayer(cfg)
+    x, encoded = (jax.random.normal(jax.random.key(i), (2, 5, cfg.emb_dim)) for i in range(2))
     bias = jnp.zeros((1, 1, 5, 5))
-    params = layer.init(jax.random.key(0), x, bias, t5.Kept(), method="whole")
-    run = lambda kept: layer.apply(params, x, bias, kept, method="whole")  # noqa: E731
-    empty = t5.Kept(**{part: jnp.zeros((2, 1, 1, 1) if part == "weights" else (2, 1, 1), bool)})
-    found = run(empty)
-    attention = run(t5.Kept(out=jnp.zeros((2, 1, 1), bool)))
-    mlp = run(t5.Kept(attended=jnp.zeros((2, 1, 1), bool)))
-    expected = attention if part in ("hidden", "out") else mlp
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
-    assert np.abs(np.asarray(attention) - np.asarray(mlp)).max() > 0.1
+    inputs = (x, encoded, bias, bias) if decoder else (x, bias)
+    params = layer.init(jax.random.key(2), *inputs, t5.Kept(), method="whole")
+    nothing = jnp.zeros((2, 1, 1, 1) if place.endswith("weights") else (2, 1, 1), bool)
+    found = layer.apply(params, *inputs, t5.Kept(**{place: nothing}), method="whole")
+    lacks = {"weights": "self", "attended": "self", "hidden": "mlp", "out": "mlp"}
+    lacks = lacks.get(place, "cross")
+
+    def without(layer, x):
+        if decoder:
+            first, norm = layer.self_attention, layer.pre_self_attention_layer_norm
+        else:
+            first, norm = layer.attention, layer.pre_attention_layer_norm
+        if lacks != "self":
+            x = x + first(norm(x), first.keys_values(norm(x)), bias)
+        if decoder and lacks != "cross":
+            y = layer.pre_cross_attention_layer_norm(x)
+            x = x + layer.encoder_decoder_attention(y, layer.cross(encoded, 5), bias)
+        return x if lacks == "mlp" else x + layer.mlp(layer.pre_mlp_layer_norm(x))
+
+    np.testing.assert_allclose(found, layer.apply(params, x, method=without), atol=1e-5)
+
+
+def test_a_stack_drops_its_input_and_its_output(monkeypatch):
+    cfg = dataclasses.replace(TINY, dropout_rate=0.25)
+    encoder, layers = t5.Encoder(cfg), TINY.num_encoder_layers
+    x, mask = jax.random.normal(jax.random.key(0), (2, 5, cfg.emb_dim)), jnp.ones((2, 1, 5, 5))
+    params = encoder.init(jax.random.key(1), x, mask, True)
+    nothing = jnp.zeros((2, 1, 1), bool)
+
+    def run(x, deterministic, **ends):
+        monkeypatch.setattr(t5, "draw_kept", lambda *_: [t5.Kept(**ends)] + [t5.Kept()] * layers)
+        rngs = {"dropout": jax.random.key(2)}
+        return encoder.apply(params, x, mask, deterministic, rngs=rngs)
+
+    whole = run(x, True)
+    np.testing.assert_array_equal(run(x, False), whole)
+    assert np.abs(whole).max() > 0.1
+    np.testing.assert_array_equal(run(x, False, out=nothing), 0 * x)
+    np.testing.assert_array_equal(run(x, False, attended=nothing), run(0 * x, True))
+    assert np.abs(run(0 * x, True) - whole).max() > 0.1
 
 
 @pytest.mark.parametrize("weights", [None, "int8"])
