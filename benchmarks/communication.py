@@ -138,7 +138,7 @@ def main() -> None:
     batch = args.batch_size or 4 * args.devices
     shape = (args.prompt_length, batch, args.inputs, args.targets)
     jax.devices()
-    # Traced as for an accelerator: on a CPU products of bfloat16 give float32 (see `t5._einsum`).
+    # Traced as for an accelerator: on a CPU bfloat16 products are float32 (`products._einsum`).
     jax.default_backend = lambda: "tpu"
     for model in args.model:
         mesh = partition.make_mesh(model=model)

@@ -1,0 +1,144 @@
+"""Products with frozen weights, and softmax around one: in one's own type, or int8 times a scale.
+
+Each has gradients of its own, which keep and multiply no more than a prompt's training needs.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def _einsum(spec: str, x: Array, y: Array, dtype: Any) -> Array:
+    """`jnp.einsum(spec, x, y)`, accumulated in float32 and returned as `dtype`.
+
+    XLA's CPU backend has kernels for bfloat16 operands (AVX512-BF16, AMX: twice as fast as
+    float32) only where the result is float32, the output's last axis comes from the second
+    operand, and both operands have one type.
+    """
+    operands, out = spec.split("->")
+    of_x, of_y = operands.split(",")
+    if out[-1] not in of_y:
+        spec, x, y = f"{of_y},{of_x}->{out}", y, x
+    kept = jnp.float32 if jax.default_backend() == "cpu" else dtype
+    return jnp.einsum(spec, x, y, preferred_element_type=kept).astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def product(spec: str, x: Array, y: Array, dtype: Any) -> Array:
+    """`_einsum` whose gradients are products in the operands' own type."""
+    return _einsum(spec, x, y, dtype)
+
+
+def _product_forward(spec, x, y, dtype):
+    return _einsum(spec, x, y, dtype), (x, y)
+
+
+def _product_backward(spec, dtype, operands, grad):
+    del dtype
+    x, y = operands
+    inputs, out = spec.split("->")
+    of_x, of_y = inputs.split(",")
+    grad = grad.astype(x.dtype)
+    return (
+        _einsum(f"{out},{of_y}->{of_x}", grad, y, x.dtype),
+        _einsum(f"{of_x},{out}->{of_y}", x, grad, y.dtype),
+    )
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4))
+def int8_product(spec: str, x: Array, values: Array, scale: Array, dtype: Any) -> Array:
+    """`product` of `x` with a frozen int8 matrix, times `scale`, broadcast against the result.
+
+    The values become `x`'s type for the moment of the product. Barriers tie that to `x` (and to
+    the gradient in the backward pass): else XLA makes the wider copies of all matrices once, and
+    keeps them through the backward pass or a whole loop.
+    """
+    x, values = jax.lax.optimization_barrier((x, values))
+    y = _einsum(spec, x, values.astype(x.dtype), jnp.float32)
+    return (y * scale).astype(dtype)
+
+
+def _int8_product_forward(spec, x, values, scale, dtype):
+    return int8_product.fun(spec, x, values, scale, dtype), (values, scale, jnp.zeros((), x.dtype))
+
+
+def _int8_product_backward(spec, dtype, saved, grad):
+    del dtype
+    values, scale, like = saved
+    inputs, out = spec.split("->")
+    of_x, of_y = inputs.split(",")
+    grad, values = jax.lax.optimization_barrier((grad, values))
+    # The CPU backend drops barriers before it merges equal operations, and would take the forward
+    # pass's copy: zeros that no compiler may assume (they could be NaN) make this another one.
+    values = values + (0 * grad.ravel()[0]).astype(values.dtype)
+    grad = (grad.astype(jnp.float32) * scale).astype(like.dtype)
+    back = _einsum(f"{out},{of_y}->{of_x}", grad, values.astype(like.dtype), like.dtype)
+    return back, None, None
+
+
+int8_product.defvjp(_int8_product_forward, _int8_product_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def exponentials(logits: Array, dtype: Any) -> tuple[Array, Array]:
+    """Softmax's numerators as `dtype`, and their float32 sums `[..., 1]` over the last axis.
+
+    `logits` are float32. The backward pass takes the numerators as they were rounded: only those
+    are kept, and of all that a layer keeps they are the most.
+    """
+    weights = jnp.exp(logits - logits.max(-1, keepdims=True))
+    return weights.astype(dtype), weights.sum(-1, keepdims=True)
+
+
+def _exponentials_forward(logits, dtype):
+    weights, total = exponentials.fun(logits, dtype)
+    return (weights, total), weights
+
+
+def _exponentials_backward(dtype, weights, grads):
+    del dtype
+    of_weights, of_total = grads
+    return ((of_weights.astype(jnp.float32) + of_total) * weights.astype(jnp.float32),)
+
+
+exponentials.defvjp(_exponentials_forward, _exponentials_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def divide(x: Array, total: Array, dtype: Any) -> Array:
+    """`x / total` as `dtype`, `total` of one value a row; the backward pass does without `x`."""
+    return (x / total).astype(dtype)
+
+
+def _divide_forward(x, total, dtype):
+    y = divide.fun(x, total, dtype)
+    return y, (y, total)
+
+
+def _divide_backward(dtype, saved, grad):
+    del dtype
+    y, total = saved
+    grad = grad.astype(jnp.float32) / total
+    return grad, -(grad * y.astype(jnp.float32)).sum(-1, keepdims=True)
+
+
+divide.defvjp(_divide_forward, _divide_backward)
+
+
+# A matrix of weights, and scales that broadcast against what it is multiplied into, if it is int8.
+Matrix = tuple[Array, Array | None]
+
+
+def multiply(spec: str, x: Array, matrix: Matrix, dtype: Any) -> Array:
+    """`product` of `x` and a matrix of weights, which may be kept as int8."""
+    kernel, scale = matrix
+    if scale is None:
+        return product(spec, x, kernel.astype(x.dtype), dtype)
+    return int8_product(spec, x, kernel, scale, dtype)
