@@ -126,6 +126,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=0, help="0: four rows a device")
     parser.add_argument("--inputs", type=int, default=256)
     parser.add_argument("--targets", type=int, default=8)
+    parser.add_argument("--dropout_rate", type=float, default=0.0)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--full", action="store_true", help="compile all layers")
     parser.add_argument("--where", action="store_true", help="name the operations")
@@ -133,7 +134,7 @@ def main() -> None:
     flag = f"--xla_force_host_platform_device_count={args.devices}"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
     jax.config.update("jax_platforms", "cpu")
-    cfg = t5.config(args.size, dtype=args.dtype)
+    cfg = t5.config(args.size, args.dropout_rate, args.dtype)
     depth = cfg.num_encoder_layers
     batch = args.batch_size or 4 * args.devices
     shape = (args.prompt_length, batch, args.inputs, args.targets)

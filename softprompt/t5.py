@@ -218,7 +218,8 @@ def draw_kept(
 
     First of its input (as `attended`) and output (`out`), then of each layer. Without a key all is
     kept. One draw for each, one after the other from keys of the same form: the kernels that XLA
-    compiles for one layer are then those of all.
+    compiles for one layer are then those of all. Its parts are gathered, not sliced: a mesh cuts
+    some of them over its model axis, and through slices that cut would reach all others.
     """
     if key is None:
         return [Kept()] * (layers + 1)
@@ -235,8 +236,11 @@ def draw_kept(
     for _ in range(layers + 1):
         key, own = jax.random.split(key)
         drawn = jax.random.bernoulli(own, 1 - cfg.dropout_rate, (rows, ends[-1]))
-        parts = zip(shapes.items(), jnp.split(drawn, ends[:-1], axis=-1), strict=True)
-        found.append(Kept(**{name: part.reshape(rows, *shape) for (name, shape), part in parts}))
+        kept = {}
+        for (name, shape), end in zip(shapes.items(), ends, strict=True):
+            places = np.arange(end - np.prod(shape), end)
+            kept[name] = jnp.take(drawn, places, axis=1, mode="clip").reshape(rows, *shape)
+        found.append(Kept(**kept))
     return found
 
 

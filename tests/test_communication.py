@@ -43,11 +43,12 @@ def test_bytes_are_those_of_every_result():
     assert communication.count(found)["model", "all-reduce", "f32"].tolist() == [2, 6404]
 
 
-@pytest.fixture(scope="module")
-def said():
+@pytest.fixture(scope="module", params=[0.0, 0.1])
+def said(request):
     """What the command prints for T5 1.1 small on 8 devices, data-parallel and 4 x 2."""
+    flags = ["--size=t5_1_1_small", "--devices=8", f"--dropout_rate={request.param}"]
     return subprocess.run(
-        [sys.executable, str(PATH), "--size=t5_1_1_small", "--devices=8", "--model", "1", "2"],
+        [sys.executable, str(PATH), *flags, "--model", "1", "2"],
         capture_output=True, text=True, check=True, timeout=900,
     ).stdout  # fmt: skip
 
