@@ -265,7 +265,7 @@ def test_a_need_is_what_the_arrays_and_the_program_take(whole):
 def test_rematerialisation_saves_memory(whole):
     minimal, full = (memory.need(tiny_run(remat=r)).temporaries for r in ("minimal", "full"))
     assert full < minimal < whole.temporaries
-    assert full < 0.6 * whole.temporaries
+    assert full < 0.51 * whole.temporaries
 
 
 def test_microbatches_save_memory(whole):
