@@ -45,7 +45,9 @@ def groups(settings: dict, case: str, task: str, layout: str) -> list[tuple[list
     order = np.random.default_rng(0).permutation(len(inputs))
     if layout == "sorted":
         order = np.argsort([len(x) for x in inputs], kind="stable")
-    chunks = [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
+    # Sorted, none is left out: the last would hold the longest.
+    whole = len(order) if layout == "sorted" else len(order) // size * size
+    chunks = [order[start : start + size] for start in range(0, whole, size)]
     return [([inputs[i] for i in x], [targets[i] for i in x]) for x in chunks]
 
 
@@ -151,9 +153,12 @@ class Ours:
             else:
                 stream = self.lengths.bucketed_batches(*drawing, 5)(0)
             return [next(stream) for _ in range(max(1, len(part) // size))]
-        found = self.data.eval_batches(self.examples(task, "validation"), 2 * size, self.slots)
-        # The last one, if it is not full, is left out, as it is of the peers.
-        return [batch for indices, batch in found if len(indices) == 2 * size]
+        found = self.examples(task, "validation")
+        cuts = self.lengths.cuts(
+            list(map(len, found.inputs)), 2 * size, len(self.slots), self.devices
+        )
+        slots = [self.slots] * len(found)
+        return [self.lengths.eval_batch(found, cut, slots) for cut in cuts]
 
     def width(self, batch) -> int:
         return batch["encoder_ids"].shape[1]
@@ -312,7 +317,10 @@ def answer(side, settings: dict, prepared: dict, call: dict) -> dict:
     case, task, layout = key = (call["case"], call["task"], call["layout"])
     if name == "prepare":
         batches = side.batches(*key)
-        chosen = spread([side.width(b) for b in batches], call.get("batches", settings["batches"]))
+        count = call.get("batches", settings["batches"])
+        if case != "train" and layout != "512":
+            count *= 2  # There are few, and the longest take most of the time.
+        chosen = spread([side.width(b) for b in batches], count)
         prepared[key] = [batches[i] for i in chosen]
         # One batch of each shape: what compiles does so here.
         shapes = {tuple(x.shape for x in batch.values()): batch for batch in prepared[key]}

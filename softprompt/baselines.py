@@ -14,7 +14,7 @@ import collections
 import jax
 import numpy as np
 
-from softprompt import data, tree
+from softprompt import data, lengths, tree
 from softprompt.backbone import Backbone
 from softprompt.evaluation import EvalTask, target_text
 from softprompt.prompted import PromptedT5
@@ -102,10 +102,11 @@ def pooled(backbone: Backbone, examples: data.Examples, batch_size: int = 32) ->
 
     encode = jax.jit(mean_state)
     states = np.zeros((len(examples), backbone.cfg.emb_dim), np.float32)
-    none = np.zeros(0, np.int32)
-    for indices, batch in data.eval_batches(examples, batch_size, none):
+    none = [np.zeros(0, np.int32)] * len(examples)
+    for cut in lengths.cuts(list(map(len, examples.inputs)), batch_size, 0):
+        batch = lengths.eval_batch(examples, cut, none)
         found = np.asarray(encode(dict(backbone.params), batch["encoder_ids"]))
-        states[indices] = found[: len(indices)]
+        states[cut.indices] = found[: len(cut.indices)]
     return states
 
 

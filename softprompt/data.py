@@ -21,11 +21,6 @@ from softprompt.vocabulary import EOS_ID, Vocabulary
 
 Batch = dict[str, np.ndarray]
 LENGTH_MULTIPLE = 8
-# Three lengths per doubling from 32 on: a quarter of a row is padding at most, few shapes compile.
-EVAL_BUCKETS = (
-    16, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512,
-    640, 768, 1024, 1280, 1536, 2048,
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,36 +211,6 @@ def fingerprint(parts: Sequence[Examples]) -> str:
             for ids in rows:
                 found.update(np.ascontiguousarray(ids, np.int32).data)
     return found.hexdigest()[:16]
-
-
-def eval_batches(
-    examples: Examples, batch_size: int, slots: np.ndarray | Sequence[np.ndarray]
-) -> Iterator[tuple[np.ndarray, Batch]]:
-    """Every example once: (indices, batch), shortest inputs first, in few shapes.
-
-    Input lengths are those of `EVAL_BUCKETS`, behind the slots; rows past `len(indices)` are
-    padding. `slots` are those before every input, or a list with each example's own.
-    """
-    if isinstance(slots, np.ndarray):
-        slots = [slots] * len(examples)
-    room = max(map(len, slots))
-    order = np.argsort([len(ids) for ids in examples.inputs], kind="stable")
-    targets_length = longest(examples.targets)
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
-        n = max(len(examples.inputs[i]) for i in indices)
-        length = next((b for b in EVAL_BUCKETS if b >= n), round_up(n, 512))
-        yield (
-            indices,
-            {
-                "encoder_ids": pad(
-                    [np.concatenate([slots[i], examples.inputs[i]]) for i in indices],
-                    batch_size,
-                    room + length,
-                ),
-                "targets": pad([examples.targets[i] for i in indices], batch_size, targets_length),
-            },
-        )
 
 
 # --- seqio --------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from softprompt import checkpoint, data, decode, losses, partition, tree
+from softprompt import checkpoint, data, decode, lengths, losses, partition, tree
 from softprompt.backbone import Backbone
 from softprompt.logbook import track
 from softprompt.prompted import PromptedT5, bank_slots
@@ -161,6 +161,7 @@ class Predictor:
       beams: beam search with so many beams; 1 is greedy.
       temperature, top_k, top_p: sampling, when temperature > 0.
       prefix: ids before every target, which are no part of a predicted text.
+      fixed_shapes: for calls without end: all share few shapes, which no call's examples decide.
     """
 
     def __init__(
@@ -176,6 +177,7 @@ class Predictor:
         top_p: float = 1.0,
         seed: int = 0,
         prefix: Sequence[int] = (),
+        fixed_shapes: bool = False,
     ):
         if mode not in (GENERATE, RANK):
             raise ValueError(f"EVAL_MODE is {mode!r}, expected {GENERATE!r} or {RANK!r}")
@@ -186,6 +188,7 @@ class Predictor:
         self.backbone = backbone
         self.mode = mode
         self.prefix = tuple(prefix)
+        self.fixed_shapes = fixed_shapes
         # A batch is split over the mesh's data axis.
         self.batch_size = data.round_up(batch_size, backbone.mesh.shape["data"])
         prompt_lengths = [prompt_length] if isinstance(prompt_length, int) else prompt_length
@@ -220,11 +223,14 @@ class Predictor:
     def _batches(self, examples: data.Examples, which: Sequence[int] | None = None):
         if which is None and len(self.slots) > 1:
             raise ValueError(f"there are {len(self.slots)} prompts: say which one is whose")
-        slots = self.slots[0] if which is None else [self.slots[k] for k in which]
-        batches = data.eval_batches(examples, self.batch_size, slots)
-        total = -(-len(examples) // self.batch_size)
-        for indices, batch in track(batches, f"{examples.name}: predicting", "batches", total):
-            yield indices, {k: partition.place(x, self._rows) for k, x in batch.items()}
+        slots = [self.slots[k] for k in ([0] * len(examples) if which is None else which)]
+        cuts = lengths.cuts(
+            list(map(len, examples.inputs)), self.batch_size, max(map(len, self.slots)),
+            self.backbone.mesh.shape["data"], self.fixed_shapes,
+        )  # fmt: skip
+        for cut in track(cuts, f"{examples.name}: predicting", "batches", len(cuts)):
+            batch = lengths.eval_batch(examples, cut, slots)
+            yield cut.indices, {k: partition.place(x, self._rows) for k, x in batch.items()}
 
     def generate(
         self, flat: tree.Flat, examples: data.Examples, which: Sequence[int] | None = None
@@ -280,7 +286,7 @@ class Predictor:
         for indices, batch in self._batches(examples, which):
             ids = label_ids[0]
             if not shared:
-                of_rows = np.zeros((self.batch_size, count, length), np.int32)
+                of_rows = np.zeros((len(batch["encoder_ids"]), count, length), np.int32)
                 of_rows[: len(indices)] = label_ids[of_example[indices]]
                 ids = partition.place(of_rows, self._rows)
             found = np.asarray(self._score(flat, batch["encoder_ids"], ids))

@@ -1,7 +1,8 @@
-"""Which lengths compile: buckets for batches of like lengths."""
+"""Which shapes compile: buckets for batches of like lengths, in training and in evaluation."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,6 +11,18 @@ from softprompt import data
 # Batches that are drawn together, sorted by length and shuffled: enough for batches of like
 # lengths, few enough for a batch's examples to stay close to where the shuffled order has them.
 WINDOW = 32
+# Of an evaluation: the most shapes, and of what their lengths are multiples.
+EVAL_SHAPES = 12
+EVAL_MULTIPLE = 4
+# What a batch and what a further shape cost, in encoder positions: decoding reads all weights
+# token by token, however few the rows; a shape compiles once and is often evaluated again.
+BATCH_COST = 512
+SHAPE_COST = 512
+# Three lengths per doubling from 32 on: a quarter of a row is padding at most.
+FIXED_LENGTHS = (
+    16, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512,
+    640, 768, 1024, 1280, 1536, 2048,
+)  # fmt: skip
 
 
 def bucket_lengths(lengths: Sequence[int], count: int) -> list[int]:
@@ -22,25 +35,106 @@ def bucket_lengths(lengths: Sequence[int], count: int) -> list[int]:
     if count < 1 or not len(lengths):
         raise ValueError(f"got {count} buckets for {len(lengths)} lengths, expected one at least")
     values, weights = np.unique([data.round_up(int(n)) for n in lengths], return_counts=True)
+    return [int(values[j - 1]) for j in _ends(values, weights, count, lambda n, value: n * value)]
+
+
+def _ends(
+    values: np.ndarray,
+    weights: np.ndarray,
+    most: int,
+    price: Callable[[np.ndarray, int], np.ndarray],
+) -> list[int]:
+    """Where to cut ascending `values` into at most `most` runs, at the least price in all.
+
+    `price(n, value)` is that of runs of `n` examples whose last value is `value`; `weights` count
+    the examples of each value. Run k holds the values from one end (0 at first) to the next.
+    """
     below = np.concatenate([[0], np.cumsum(weights)])
-    # cost[k][j]: the least padded total of the first j values in k buckets, the last at value j-1.
-    cost, chosen = np.full(len(values) + 1, np.inf), []
+    # cost[j]: the least price of the first j values in so many runs.
+    cost = np.full(len(values) + 1, np.inf)
     cost[0] = 0
-    for _ in range(min(count, len(values))):
+    chosen, totals = [], []
+    for _ in range(min(most, len(values))):
         grown, start = np.full_like(cost, np.inf), np.zeros(len(values) + 1, int)
-        grown[0] = 0
         for j in range(1, len(values) + 1):
-            totals = cost[:j] + values[j - 1] * (below[j] - below[:j])
-            start[j] = int(np.argmin(totals))
-            grown[j] = totals[start[j]]
+            found = cost[:j] + price(below[j] - below[:j], values[j - 1])
+            start[j] = int(np.argmin(found))
+            grown[j] = found[start[j]]
         cost = grown
         chosen.append(start)
-    buckets, j = [], len(values)
-    for start in reversed(chosen):
-        if j:
-            buckets.append(int(values[j - 1]))
-            j = start[j]
-    return buckets[::-1]
+        totals.append(cost[-1])
+    ends, j = [], len(values)
+    for start in reversed(chosen[: int(np.argmin(totals)) + 1]):
+        ends.append(j)
+        j = start[j]
+    return ends[::-1]
+
+
+class Cut(NamedTuple):
+    """A batch of an evaluation: which examples, how many rows, and the length of their inputs."""
+
+    indices: np.ndarray
+    rows: int
+    length: int
+
+
+def cuts(
+    lengths: Sequence[int], batch_size: int, prompt: int, multiple: int = 1, fixed: bool = False
+) -> list[Cut]:
+    """Batches of every example once, shortest inputs first, of at most `EVAL_SHAPES` shapes.
+
+    Each shape takes a run of the sorted examples, in batches of the same number of rows: what all
+    cost together, `prompt` rows before every input, padding, `BATCH_COST` and `SHAPE_COST`
+    included, is the least there is.
+
+    Args:
+      lengths: of the inputs.
+      batch_size: the most rows of a batch.
+      multiple: of which every number of rows is one, `batch_size` too.
+      fixed: batches of `batch_size` rows, their lengths among `FIXED_LENGTHS`: shapes that the
+        next examples share.
+    """
+    lengths = np.asarray(lengths)
+    order = np.argsort(lengths, kind="stable")
+    if not len(order):
+        return []
+    if fixed:
+        found = []
+        for start in range(0, len(order), batch_size):
+            indices = order[start : start + batch_size]
+            n = int(lengths[indices].max())
+            length = next((b for b in FIXED_LENGTHS if b >= n), data.round_up(n, 512))
+            found.append(Cut(indices, batch_size, length))
+        return found
+
+    def shape(n):
+        batches = -(-n // batch_size)
+        return batches, data.round_up(-(-n // batches), multiple)
+
+    def price(n, length):
+        batches, rows = shape(n)
+        return batches * (rows * (prompt + length) + BATCH_COST) + SHAPE_COST
+
+    values, weights = np.unique(data.round_up(lengths, EVAL_MULTIPLE), return_counts=True)
+    found, begun = [], 0
+    for end in _ends(values, weights, EVAL_SHAPES, price):
+        examples = order[begun : int(weights[:end].sum())]
+        begun += len(examples)
+        _, rows = shape(len(examples))
+        for start in range(0, len(examples), rows):
+            found.append(Cut(examples[start : start + rows], int(rows), int(values[end - 1])))
+    return found
+
+
+def eval_batch(examples: data.Examples, cut: Cut, slots: Sequence[np.ndarray]) -> data.Batch:
+    """The batch of a cut, `slots` those before each example's input; other rows are padding."""
+    room = max(map(len, slots))
+    inputs = [np.concatenate([slots[i], examples.inputs[i]]) for i in cut.indices]
+    targets = [examples.targets[i] for i in cut.indices]
+    return {
+        "encoder_ids": data.pad(inputs, cut.rows, room + cut.length),
+        "targets": data.pad(targets, cut.rows, data.longest(examples.targets)),
+    }
 
 
 def bucketed_batches(

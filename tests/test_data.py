@@ -67,18 +67,6 @@ def test_a_mixture_draws_in_proportion_to_its_rates():
     assert abs(share - 0.75) < 0.04
 
 
-def test_evaluation_sees_every_example_once_in_few_shapes():
-    inputs = [[5] * n for n in (3, 40, 7, 100, 20, 9, 15)]
-    lengths = {"inputs": 512, "targets": 4}
-    made = data.make_examples("a", inputs, [[6]] * 7, [{}] * 7, lengths)
-    slots = np.array([100], np.int32)
-    batches = list(data.eval_batches(made, 2, slots))
-    assert sorted(i for indices, _ in batches for i in indices) == list(range(7))
-    assert {b["encoder_ids"].shape[1] - 1 for _, b in batches} <= set(data.EVAL_BUCKETS)
-    indices, last = batches[-1]
-    assert len(indices) == 1 and (last["encoder_ids"][1] == 0).all()
-
-
 def test_no_examples_and_no_strings_are_errors(vocabulary):
     with pytest.raises(ValueError, match="mine: there are no examples"):
         data.from_pairs([], vocabulary, {"inputs": 4, "targets": 4}, "mine")

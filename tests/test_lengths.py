@@ -72,3 +72,62 @@ def test_no_example_meets_itself_in_a_small_data_set():
     batches = lengths.bucketed_batches([made(9, 3, 40)], [1.0], 4, 0, SLOTS, 2)
     for batch in take(batches, 0, 2):
         assert len(set(batch["encoder_ids"][:, 5])) == 4
+
+
+def cost(cuts, prompt):
+    shapes = {(cut.rows, cut.length) for cut in cuts}
+    padded = sum(cut.rows * (prompt + cut.length) + lengths.BATCH_COST for cut in cuts)
+    return padded + len(shapes) * lengths.SHAPE_COST
+
+
+@pytest.mark.parametrize("fixed", (False, True))
+def test_an_evaluation_has_every_example_once_in_few_shapes(fixed):
+    found = np.random.default_rng(2).integers(1, 700, 1001)
+    cuts = lengths.cuts(found, 32, 100, 4, fixed)
+    assert sorted(np.concatenate([cut.indices for cut in cuts])) == list(range(1001))
+    shortest = [found[cut.indices].min() for cut in cuts]
+    assert shortest == sorted(shortest)
+    for cut in cuts:
+        assert 0 < len(cut.indices) <= cut.rows <= 32 and cut.rows % 4 == 0
+        assert found[cut.indices].max() <= cut.length
+    shapes = {(cut.rows, cut.length) for cut in cuts}
+    if fixed:
+        assert shapes <= {(32, n) for n in lengths.FIXED_LENGTHS}
+    else:
+        assert 1 < len(shapes) <= lengths.EVAL_SHAPES
+        assert cost(cuts, 100) < 0.95 * cost(lengths.cuts(found, 32, 100, 4, True), 100)
+    assert lengths.cuts([], 32, 100, 4, fixed) == []
+
+
+def test_no_other_shapes_of_an_evaluation_cost_less():
+    """Against every way to cut the sorted lengths into runs."""
+    found = np.sort(np.random.default_rng(3).integers(1, 9, 60) ** 3)
+    least = np.inf
+    values = np.unique(found)
+    for count in range(1, len(values) + 1):
+        for inner in itertools.combinations(values[:-1], count - 1):
+            cuts, begun = [], 0
+            for end in np.searchsorted(found, [*inner, values[-1]], "right"):
+                n = end - begun
+                batches = -(-n // 8)
+                rows = data.round_up(-(-n // batches), 2)
+                length = data.round_up(int(found[end - 1]), lengths.EVAL_MULTIPLE)
+                cuts += [lengths.Cut(np.zeros(0), rows, length)] * batches
+                begun = end
+            least = min(least, cost(cuts, 20))
+    cuts = lengths.cuts(found, 8, 20, 2)
+    assert cost(cuts, 20) == least
+    assert len({cut.length for cut in cuts}) > 1
+
+
+def test_a_batch_of_an_evaluation_holds_its_examples():
+    examples = made(5, 3, 20)
+    slots = [SLOTS[: 1 + i % 2] for i in range(5)]
+    cut = lengths.Cut(np.array([3, 0]), 4, 24)
+    batch = lengths.eval_batch(examples, cut, slots)
+    assert batch["encoder_ids"].shape == (4, 26)
+    for row, i in zip(batch["encoder_ids"], cut.indices, strict=False):
+        expected = [*slots[i], *examples.inputs[i]]
+        assert row[row > 0].tolist() == list(expected)
+    assert not batch["encoder_ids"][2:].any() and not batch["targets"][2:].any()
+    assert (batch["targets"][:2, 0] == 5).all()
