@@ -173,7 +173,10 @@ class Ours:
             ]
         else:
             examples = int((ids > 0).any(-1).sum())
-            lengths = [np.count_nonzero(batch[k], axis=1) for k in ("encoder_ids", "targets")]
+            # Rows past the examples are padding.
+            lengths = [
+                np.count_nonzero(batch[k][:examples], axis=1) for k in ("encoder_ids", "targets")
+            ]
         passes = 1
         if case == "train":
             passes = 2
