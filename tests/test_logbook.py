@@ -127,9 +127,10 @@ def test_training_in_a_log_is_plain_lines_and_its_curves_are_tensorboards(
     assert "\r" not in said and "\x1b" not in said
     lines = said.splitlines()
     assert [x.split("  ")[0] for x in lines] == [
-        "step 2/6", "step 3", "step 4/6", "step 6/6", "step 6",
+        "step 1", "step 2/6", "step 3", "step 4/6", "step 6/6", "step 6",
     ]  # fmt: skip
-    assert "steps/s" in lines[0] and " left  " in lines[0]
+    assert "compiled and done in" in lines[0]
+    assert "steps/s" in lines[1] and " left  " in lines[1]
 
     found = events(tmp_path)
     for name, prefix in (("train", "train"), ("eval/metrics", "eval")):
@@ -165,7 +166,7 @@ def test_training_on_a_terminal_moves_a_bar_and_keeps_the_evaluations(
     shown = fit(tiny, pairs)
     said = written()
     lines = [x.split("\x1b[K")[-1] for x in said.replace("\r\n", "\n").splitlines()]
-    assert [x.split("  ")[0] for x in lines if x] == ["step 3", "step 6/6", "step 6"]
+    assert [x.split("  ")[0] for x in lines if x] == ["step 1", "step 3", "step 6/6", "step 6"]
     bars = [x for x in said.split("\r") if x.startswith("[")]
     steps = [x.split("%  ")[1].split("/6")[0] for x in bars]
     assert steps == ["step 1", "step 2", "step 4", "step 5"]

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from softprompt import data
 from softprompt.tasks import metrics, postprocessors, preprocessors, records, super_glue, user
 from softprompt.tasks.records import Row
 
@@ -107,7 +108,7 @@ def test_bad_rows_name_file_and_line(tmp_path, content, message):
 
 
 def test_files_of_ones_own_become_a_seqio_task(tmp_path, vocabulary):
-    from softprompt import data, evaluation
+    from softprompt import evaluation
 
     path = tmp_path / "v.jsonl"
     path.write_text("".join(json.dumps({"q": f"n {i}", "y": i % 2}) + "\n" for i in range(4)))
@@ -122,7 +123,7 @@ def test_files_of_ones_own_become_a_seqio_task(tmp_path, vocabulary):
 
 
 def test_a_label_beyond_the_vocabulary_is_still_itself(tmp_path, embedded, monkeypatch):
-    from softprompt import data, evaluation
+    from softprompt import evaluation
 
     vocabulary = embedded.vocabulary
     labels = ["so", "not_so"]
@@ -185,7 +186,6 @@ def cached_task(tmp_path, monkeypatch, vocabulary):
 def test_seqios_offline_cache_takes_the_place_of_source_and_tokenisation(
     cached_task, vocabulary, monkeypatch
 ):
-    from softprompt import data
     from softprompt.tasks import features
 
     def source(*_, **__):
@@ -203,7 +203,6 @@ def test_seqios_offline_cache_takes_the_place_of_source_and_tokenisation(
 
 
 def test_a_cache_of_another_vocabulary_is_refused(cached_task):
-    from softprompt import data
     from softprompt.tasks import features
 
     features.use_vocabulary("bytes")
@@ -215,7 +214,6 @@ def test_a_cache_of_another_vocabulary_is_refused(cached_task):
 
 
 def test_an_unknown_task_suggests_near_ones():
-    from softprompt import data
     from softprompt.tasks import registry  # noqa: F401
 
     with pytest.raises(ValueError, match="did you mean .*super_glue_rte"):
@@ -265,7 +263,6 @@ def tokens_of(values):
 def test_pretraining_reads_a_corpus(corpus):
     import itertools
 
-    from softprompt import data
     from softprompt.tasks import pretraining
 
     pretraining.use_corpus(corpus)
@@ -340,7 +337,6 @@ def test_pretraining_reads_a_tfds_corpus(tmp_path):
 
 
 def test_local_data_serves_the_benchmark_tasks(task_data, monkeypatch, vocabulary):
-    from softprompt import data
     from softprompt.tasks import registry  # noqa: F401
 
     monkeypatch.setenv("SOFTPROMPT_DATA_DIR", str(task_data))
@@ -356,7 +352,6 @@ def test_local_data_serves_the_benchmark_tasks(task_data, monkeypatch, vocabular
 
 
 def test_every_mrqa_set_reads_the_same_from_tfds_and_from_a_folder(tmp_path, monkeypatch):
-    from softprompt import data
     from softprompt.tasks import registry, sources  # noqa: F401
 
     ours = {"id": "q1", "context": "It is (blue).", "question": "What colour?",
@@ -391,7 +386,6 @@ def test_every_mrqa_set_reads_the_same_from_tfds_and_from_a_folder(tmp_path, mon
 
 
 def test_the_local_transfer_sets_are_all_there(task_data, monkeypatch, vocabulary):
-    from softprompt import data
     from softprompt.tasks import registry  # noqa: F401
 
     monkeypatch.setenv("SOFTPROMPT_DATA_DIR", str(task_data))
@@ -401,3 +395,29 @@ def test_the_local_transfer_sets_are_all_there(task_data, monkeypatch, vocabular
     assert sorted(n for n in tasks if n.startswith("mrqa")) == [f"mrqa_{name}" for name in sets]
     for name, count in (("mrqa_bioasq", 499), ("mrqa_subjqa_books", 155), ("glue_mrpc", 408)):
         assert len(data.from_task(tasks[name], "validation", {"inputs": 64, "targets": 8})) == count
+
+
+@pytest.mark.parametrize(
+    "columns",
+    (
+        {"n": np.arange(5), "s": ["a", "", "c", "d", "e"], "fixed": np.ones((5, 2), np.float32)},
+        {"matrix": np.arange(20).reshape(5, 2, 2)},
+    ),
+)
+def test_rows_read_in_batches_are_those_read_one_by_one(columns):
+    import tensorflow as tf
+
+    dataset = tf.data.Dataset.from_tensor_slices(columns)
+    if "s" in columns:  # Vectors of 0, 1, … entries, and words.
+        dataset = dataset.map(
+            lambda x: x | {"ids": tf.range(x["n"]), "words": tf.strings.bytes_split(x["s"])}
+        )
+    expected = list(dataset.as_numpy_iterator())
+    found = list(data._rows(dataset, 2))
+    assert len(found) == len(expected) == 5
+    for row, other in zip(found, expected, strict=True):
+        assert list(row) == list(other)
+        for name, value in row.items():
+            assert type(value) is type(other[name])
+            assert getattr(value, "dtype", None) == getattr(other[name], "dtype", None)
+            np.testing.assert_array_equal(value, other[name])
