@@ -22,6 +22,8 @@ def terminal(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setattr(logbook, "REDRAW", 0.0)
+    # Restored afterwards: a bar that a test leaves is not on the next one's terminal.
+    monkeypatch.setattr(logbook, "_drawn", False)
     with os.fdopen(slave, "w", encoding="utf-8") as out:
 
         def written() -> str:
