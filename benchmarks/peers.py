@@ -383,6 +383,11 @@ def main() -> None:
         action="store_true",
         help="one thread a side and its own CPU seconds: for a machine that others use too",
     )
+    parser.add_argument(
+        "--no_bfloat16",
+        action="store_true",
+        help="float32 alone: for a processor that has no products in bfloat16 (on a CPU)",
+    )
     parser.add_argument("--no_details", action="store_true", help="examples per second alone")
     parser.add_argument("--output", help="all figures as JSON; an interrupted run goes on there")
     args = parser.parse_args()
@@ -446,10 +451,12 @@ def main() -> None:
             "ours": (sys.executable, {**local, "side": "ours"}),
             second[0]: (sys.executable, {**local, "side": "ours", **second[1]}),
         }
+        if args.no_bfloat16 and args.device == "cpu":
+            del sides["bf16"]
         for side, python in (("peft", args.peft_python), ("t5x", args.t5x_python)):
             if side in packages:
                 sides[side] = (python, {**local, "side": side})
-        if "peft" in sides and args.device == "cpu":
+        if "peft" in sides and "bf16" in sides:
             sides["peft_bf16"] = (args.peft_python, {**sides["peft"][1], "dtype": "bfloat16"})
         same = {"tokens": digest(tokens)}
         same |= {name: about[name] for name in ("gpu", "cpu", "cores") if name in about}
