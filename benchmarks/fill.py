@@ -1,9 +1,11 @@
-"""How full packed rows and length buckets are, on the training sets of SuperGLUE.
+"""How full packed rows, length buckets and an evaluation's batches are, on SuperGLUE.
 
     python benchmarks/fill.py --data_dir=DIR --vocabulary_file=spiece.model
 
 For each task the row length that PACK_LENGTH 'auto' finds, the share of its positions that hold a
-token or a slot, and the same share with one and with five length buckets: means over 100 batches.
+token or a slot, and the same share with one and with five length buckets: means over 100 batches of
+the training set. Then the same share of the validation set's batches, twice as large, and how many
+shapes they have: with the lengths that `softprompt infer` keeps to, and with those chosen for it.
 """
 
 import argparse
@@ -15,11 +17,11 @@ from softprompt.prompted import slots
 TASKS = ("wic", "copa", "wsc", "rte", "cb", "boolq", "multirc")
 
 
-def read(task: str, feature_lengths: dict[str, int]) -> data.Examples:
-    """The task's training set, tokenised."""
+def read(task: str, split: str, feature_lengths: dict[str, int]) -> data.Examples:
+    """A split of the task, tokenised."""
     import softprompt.tasks.registry  # noqa: F401
 
-    return data.from_task(data.get_tasks(f"super_glue_{task}")[0][0], "train", feature_lengths)
+    return data.from_task(data.get_tasks(f"super_glue_{task}")[0][0], split, feature_lengths)
 
 
 def line(task: str, part: data.Examples, batch_size: int, prompt_length: int) -> str:
@@ -35,6 +37,19 @@ def line(task: str, part: data.Examples, batch_size: int, prompt_length: int) ->
     )
 
 
+def evaluated(task: str, part: data.Examples, batch_size: int, prompt_length: int) -> str:
+    """A row of the second table."""
+    sizes = [len(ids) for ids in part.inputs]
+    filled = sum(sizes) + len(sizes) * prompt_length
+    found = []
+    for fixed in (True, False):
+        cuts = lengths.cuts(sizes, batch_size, prompt_length, fixed=fixed)
+        positions = sum(cut.rows * (prompt_length + cut.length) for cut in cuts)
+        shapes = {(cut.rows, cut.length) for cut in cuts}
+        found.append(f"{100 * filled / positions:.1f}% | {len(shapes)}")
+    return f"| {task} | {len(sizes):,} | {' | '.join(found)} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_dir", required=True, help="folder of JSON Lines data sets")
@@ -47,11 +62,17 @@ def main() -> None:
 
     sources.use_data_dir(args.data_dir)
     features.use_vocabulary(args.vocabulary_file)
+    feature_lengths = {"inputs": 512, "targets": 16}
     print("| task | packed rows | full | examples a batch | one shape | five buckets | lengths |")
     print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
     for task in TASKS:
-        part = read(task, {"inputs": 512, "targets": 16})
+        part = read(task, "train", feature_lengths)
         print(line(task, part, args.batch_size, args.prompt_length), flush=True)
+    print("\n| task | validation examples | fixed lengths | shapes | chosen | shapes |")
+    print("| --- | --- | --- | --- | --- | --- |", flush=True)
+    for task in TASKS:
+        part = read(task, "validation", feature_lengths)
+        print(evaluated(task, part, 2 * args.batch_size, args.prompt_length), flush=True)
 
 
 if __name__ == "__main__":

@@ -74,9 +74,9 @@ class Ours:
 
         # Before the first device is asked for: see `--cpu_devices` of the command line.
         jax.config.update("jax_num_cpu_devices", settings["cpu_devices"])
-        from softprompt.__main__ import keep_memory
+        from softprompt import heap
 
-        keep_memory()  # As `softprompt train` does.
+        heap.keep()  # As `softprompt train` does.
         from softprompt import (
             backbone,
             data,

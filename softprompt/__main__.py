@@ -2,14 +2,13 @@
 
 import argparse
 import contextlib
-import functools
 import os
 import pathlib
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Iterator, Sequence
+
+from softprompt import heap
 
 GIN_COMMANDS = ("train", "population", "eval", "infer", "baseline", "sweep", "transfer")
 # Commands that several processes can run together, and how they find each other.
@@ -82,55 +81,6 @@ def _import_tensorflow() -> None:
             if failed:
                 held.seek(0)
                 sys.stderr.write(held.read().decode(errors="replace"))
-
-
-@functools.cache
-def keep_memory(huge_after: float = 30.0) -> None:
-    """Tells glibc to keep freed memory instead of returning it to the kernel.
-
-    XLA's CPU client frees and allocates a step's temporaries at every step: by default each time
-    from fresh pages, whose faults took a quarter of a pre-training step. What the heap has grown to
-    after `huge_after` seconds, and every minute from then on, is put into huge pages.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    import ctypes
-
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return  # Another C library.
-    trim_threshold, top_pad, mmap_max, arena_max = -1, -2, -4, -8  # malloc.h
-    mallopt(trim_threshold, -1)
-    mallopt(top_pad, 2**26)
-    mallopt(mmap_max, 0)
-    mallopt(arena_max, 1)
-
-    def collapse() -> None:
-        time.sleep(huge_after)
-        while True:
-            _huge_pages()
-            time.sleep(60)
-
-    threading.Thread(target=collapse, name="huge pages", daemon=True).start()
-
-
-def _huge_pages() -> None:
-    """Puts what the heap holds into huge pages, in place (Linux 6.1; before, nothing happens).
-
-    Steps take some 7% less time so. Asked for from the start, such pages would cost a virtual
-    machine's first step seconds.
-    """
-    import ctypes
-
-    madvise, huge, collapse = ctypes.CDLL(None).madvise, 2**21, 25  # linux/mman.h
-    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    for line in pathlib.Path("/proc/self/maps").read_bytes().splitlines():
-        if line.endswith(b"[heap]"):
-            start, end = (int(x, 16) for x in line.split()[0].split(b"-"))
-            start, end = -(-start // huge) * huge, end // huge * huge
-            if end > start:
-                madvise(start, end - start, collapse)
 
 
 def _use_compilation_cache() -> None:
@@ -340,29 +290,24 @@ def _run_gin(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> int:
         bindings.append(("IGNORE_FINGERPRINT", "True"))
     search_paths = [p for p in args.gin_search_paths.split(",") if p]
     parsed = args.gin_file, bindings, search_paths
+    if args.command in ("sweep", "population", "transfer"):  # Of many runs: they read gin each.
+        _use_data(args)
+        from softprompt import members, sweep, transfer
+
+        of_many = {
+            "sweep": sweep.sweep, "population": members.run, "transfer": transfer.transfer
+        }  # fmt: skip
+        of_many[args.command](*parsed)
+        return 0
+    config.parse(*parsed)
     options = {}
-    if args.command not in ("sweep", "population", "transfer"):
-        config.parse(*parsed)
+    with config.errors():
         if args.command == "train":
             # Reading it takes the time that importing takes.
-            with config.errors():
-                options["shared"] = launch.load_ahead(config.arguments(launch.train))
+            options["shared"] = launch.load_ahead(config.arguments(launch.train))
     _use_data(args)
-    if args.command == "sweep":
-        from softprompt import sweep
-
-        sweep.sweep(*parsed)
-    elif args.command == "population":
-        from softprompt import members
-
-        members.run(*parsed)
-    elif args.command == "transfer":
-        from softprompt import transfer
-
-        transfer.transfer(*parsed)
-    else:
-        with config.errors():
-            config.configured(getattr(launch, args.command))(**options)
+    with config.errors():
+        config.configured(getattr(launch, args.command))(**options)
     return 0
 
 
@@ -382,7 +327,7 @@ def _use_data(args: argparse.Namespace) -> None:
 
 
 def _reproduce(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> int:
-    keep_memory()
+    heap.keep()
     _use_data(args)
     from softprompt import experiments, reproduce
 
@@ -452,7 +397,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.command in GIN_COMMANDS:
             from softprompt import hosts
 
-            keep_memory()
+            heap.keep()
             _split_cpu(args.cpu_devices)
             with hosts.job(**{name: getattr(args, name, None) for name in JOB_FLAGS}):
                 return _run_gin(args, bindings)
@@ -461,7 +406,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.command == "quickstart":
             from softprompt import quickstart
 
-            keep_memory()
+            heap.keep()
             return quickstart.run(args.output_dir, args.task, args.steps, args.seed)
         if args.command == "vocabulary":
             from softprompt import vocabulary

@@ -286,7 +286,7 @@ def test_starting_up_writes_nothing_that_is_not_ours(tmp_path):
 def test_freed_memory_stays_with_the_process_and_comes_into_huge_pages():
     code = """if True:
         import ctypes, json, mmap, numpy as np, re, time
-        from softprompt.__main__ import keep_memory
+        from softprompt.heap import keep
 
         def heap():
             found = open("/proc/self/smaps").read()
@@ -298,7 +298,7 @@ def test_freed_memory_stays_with_the_process_and_comes_into_huge_pages():
         huge.write(bytes(2**23))
         at = ctypes.addressof(ctypes.c_char.from_buffer(huge))
         able = ctypes.CDLL(None).madvise(ctypes.c_void_p(-(-at // 2**21) * 2**21), 2**21, 25) == 0
-        keep_memory(huge_after=1)
+        keep(huge_after=1)
         blocks = [np.ones(2**17) for _ in range(256)]  # 256 MiB
         before = heap()
         del blocks
