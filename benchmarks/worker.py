@@ -158,7 +158,7 @@ class Ours:
             list(map(len, found.inputs)), 2 * size, len(self.slots), self.devices
         )
         slots = [self.slots] * len(found)
-        return [self.lengths.eval_batch(found, cut, slots) for cut in cuts]
+        return [batch for _, batch in self.lengths.eval_batches(found, cuts, slots)]
 
     def width(self, batch) -> int:
         return batch["encoder_ids"].shape[1]

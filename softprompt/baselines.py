@@ -103,10 +103,10 @@ def pooled(backbone: Backbone, examples: data.Examples, batch_size: int = 32) ->
     encode = jax.jit(mean_state)
     states = np.zeros((len(examples), backbone.cfg.emb_dim), np.float32)
     none = [np.zeros(0, np.int32)] * len(examples)
-    for cut in lengths.cuts(list(map(len, examples.inputs)), batch_size, 0):
-        batch = lengths.eval_batch(examples, cut, none)
+    cuts = lengths.cuts(list(map(len, examples.inputs)), batch_size, 0)
+    for indices, batch in lengths.eval_batches(examples, cuts, none):
         found = np.asarray(encode(dict(backbone.params), batch["encoder_ids"]))
-        states[cut.indices] = found[: len(cut.indices)]
+        states[indices] = found[: len(indices)]
     return states
 
 

@@ -333,8 +333,8 @@ def _rows(dataset: Any, size: int = 256) -> Iterator[dict[str, Any]]:
         columns = {}
         for name, column in batch.items():
             if isinstance(column, tf.RaggedTensor):
-                ends = column.row_splits.numpy()
-                columns[name] = np.split(np.array(column.values), ends[1:-1])
+                splits = column.row_splits.numpy()
+                columns[name] = np.split(np.array(column.values), splits[1:-1])
             else:
                 columns[name] = np.array(column)
         for values in zip(*columns.values(), strict=True):

@@ -228,9 +228,9 @@ class Predictor:
             list(map(len, examples.inputs)), self.batch_size, max(map(len, self.slots)),
             self.backbone.mesh.shape["data"], self.fixed_shapes,
         )  # fmt: skip
-        for cut in track(cuts, f"{examples.name}: predicting", "batches", len(cuts)):
-            batch = lengths.eval_batch(examples, cut, slots)
-            yield cut.indices, {k: partition.place(x, self._rows) for k, x in batch.items()}
+        batches = lengths.eval_batches(examples, cuts, slots)
+        for indices, batch in track(batches, f"{examples.name}: predicting", "batches", len(cuts)):
+            yield indices, {k: partition.place(x, self._rows) for k, x in batch.items()}
 
     def generate(
         self, flat: tree.Flat, examples: data.Examples, which: Sequence[int] | None = None

@@ -126,15 +126,23 @@ def cuts(
     return found
 
 
-def eval_batch(examples: data.Examples, cut: Cut, slots: Sequence[np.ndarray]) -> data.Batch:
-    """The batch of a cut, `slots` those before each example's input; other rows are padding."""
-    room = max(map(len, slots))
-    inputs = [np.concatenate([slots[i], examples.inputs[i]]) for i in cut.indices]
-    targets = [examples.targets[i] for i in cut.indices]
-    return {
-        "encoder_ids": data.pad(inputs, cut.rows, room + cut.length),
-        "targets": data.pad(targets, cut.rows, data.longest(examples.targets)),
-    }
+def eval_batches(
+    examples: data.Examples, cuts: Sequence[Cut], slots: Sequence[np.ndarray]
+) -> Iterator[tuple[np.ndarray, data.Batch]]:
+    """(indices, batch) of each cut, `slots` those before each example; other rows are padding."""
+    if not cuts:
+        return
+    room, targets_length = max(map(len, slots)), data.longest(examples.targets)
+    for indices, rows, length in cuts:
+        inputs = [np.concatenate([slots[i], examples.inputs[i]]) for i in indices]
+        targets = [examples.targets[i] for i in indices]
+        yield (
+            indices,
+            {
+                "encoder_ids": data.pad(inputs, rows, room + length),
+                "targets": data.pad(targets, rows, targets_length),
+            },
+        )
 
 
 def bucketed_batches(

@@ -171,7 +171,7 @@ class Logbook:
         self._events.flush()
 
     def begin(self, step: int) -> None:
-        """Sets the clock of the rate and the time left: `step`, the first, is done and compiled."""
+        """Says that `step`, the first, is done; the rate and the time left count from here."""
         now = time.monotonic()
         say(f"step {step}  compiled and done in {now - self._clock[1]:.1f} s")
         self._clock = (step, now)

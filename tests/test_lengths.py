@@ -124,7 +124,8 @@ def test_a_batch_of_an_evaluation_holds_its_examples():
     examples = made(5, 3, 20)
     slots = [SLOTS[: 1 + i % 2] for i in range(5)]
     cut = lengths.Cut(np.array([3, 0]), 4, 24)
-    batch = lengths.eval_batch(examples, cut, slots)
+    [(indices, batch)] = lengths.eval_batches(examples, [cut], slots)
+    assert indices is cut.indices
     assert batch["encoder_ids"].shape == (4, 26)
     for row, i in zip(batch["encoder_ids"], cut.indices, strict=False):
         expected = [*slots[i], *examples.inputs[i]]
