@@ -5,7 +5,8 @@
 For each task the row length that PACK_LENGTH 'auto' finds, the share of its positions that hold a
 token or a slot, and the same share with one and with five length buckets: means over 100 batches of
 the training set. Then the same share of the validation set's batches, twice as large, and how many
-shapes they have: with the lengths that `softprompt infer` keeps to, and with those chosen for it.
+shapes they have: with the lengths that `softprompt infer` keeps to, and as they are chosen for one
+evaluation, and for one of many.
 """
 
 import argparse
@@ -42,8 +43,8 @@ def evaluated(task: str, part: data.Examples, batch_size: int, prompt_length: in
     sizes = [len(ids) for ids in part.inputs]
     filled = sum(sizes) + len(sizes) * prompt_length
     found = []
-    for fixed in (True, False):
-        cuts = lengths.cuts(sizes, batch_size, prompt_length, fixed=fixed)
+    for shape_cost in (None, lengths.COMPILE_COST, lengths.SHARED_COMPILE_COST):
+        cuts = lengths.cuts(sizes, batch_size, prompt_length, shape_cost=shape_cost)
         positions = sum(cut.rows * (prompt_length + cut.length) for cut in cuts)
         shapes = {(cut.rows, cut.length) for cut in cuts}
         found.append(f"{100 * filled / positions:.1f}% | {len(shapes)}")
@@ -68,8 +69,8 @@ def main() -> None:
     for task in TASKS:
         part = read(task, "train", feature_lengths)
         print(line(task, part, args.batch_size, args.prompt_length), flush=True)
-    print("\n| task | validation examples | fixed lengths | shapes | chosen | shapes |")
-    print("| --- | --- | --- | --- | --- | --- |", flush=True)
+    print("\n| task | validation examples | fixed | shapes | once | shapes | often | shapes |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
     for task in TASKS:
         part = read(task, "validation", feature_lengths)
         print(evaluated(task, part, 2 * args.batch_size, args.prompt_length), flush=True)

@@ -371,7 +371,10 @@ def main() -> None:
     parser.add_argument("--t5x_python", help="an interpreter with t5x, flaxformer, prompt_tuning")
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--batches", type=int, default=5, help="per case and repetition")
+    parser.add_argument(
+        "--batches", type=int, default=5,
+        help="of each case and repetition; twice as many where inputs are decoded by length",
+    )  # fmt: skip
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--decode_length", type=int, default=8)
     parser.add_argument("--layers", type=int, help="fewer: a trial of the command")
@@ -386,7 +389,7 @@ def main() -> None:
     parser.add_argument(
         "--no_bfloat16",
         action="store_true",
-        help="float32 alone: for a processor that has no products in bfloat16 (on a CPU)",
+        help="float32 alone: for a processor that has no products in bfloat16",
     )
     parser.add_argument("--no_details", action="store_true", help="examples per second alone")
     parser.add_argument("--output", help="all figures as JSON; an interrupted run goes on there")
@@ -406,6 +409,8 @@ def main() -> None:
         parser.error(f"--tasks: {', '.join(unknown)} is none of {', '.join(TASKS)}")
     if args.device == "gpu" and (args.t5x_python or args.cpu_time):
         parser.error("--device=gpu compares with PEFT alone, by the clock")
+    if args.device == "gpu" and args.no_bfloat16:
+        parser.error("--no_bfloat16 is for a CPU: on a GPU all sides compute in it")
     if args.t5x_python and args.size != "small":
         parser.error("--t5x_python is for --size=small")
     os.environ.update({**ENVIRONMENT, **ENVIRONMENT_OF[args.device]})
@@ -439,7 +444,8 @@ def main() -> None:
             "device": args.device, "architecture": architecture, "prompt_length": 100,
             "dtype": "float32" if args.device == "cpu" else "bfloat16", "weights": None,
             "remat": args.remat, "batch_size": args.batch_size, "decode_length": args.decode_length,
-            "batches": args.batches, "cpu_time": args.cpu_time,
+            # By length there are few, and the longest take most of the time.
+            "batches": args.batches, "decode_batches": 2 * args.batches, "cpu_time": args.cpu_time,
             "cpu_devices": math.gcd(args.batch_size, cores),
         }  # fmt: skip
         local = {**common, "tokens": str(tokens)}
@@ -451,7 +457,7 @@ def main() -> None:
             "ours": (sys.executable, {**local, "side": "ours"}),
             second[0]: (sys.executable, {**local, "side": "ours", **second[1]}),
         }
-        if args.no_bfloat16 and args.device == "cpu":
+        if args.no_bfloat16:
             del sides["bf16"]
         for side, python in (("peft", args.peft_python), ("t5x", args.t5x_python)):
             if side in packages:

@@ -16,10 +16,10 @@ class Record:
         if self._path and self._path.exists():
             old = json.loads(self._path.read_text(encoding="utf-8"))
             kept = old.get("settings", {})
-            # A setting that only one of them has is that of a peer that the other did without.
             differing = [
-                name for name in settings if kept.get(name, settings[name]) != settings[name]
-            ]
+                name for name in settings if kept.get(name) != settings[name]
+                and (name in kept or not name.startswith("packages of "))  # A peer that is new.
+            ]  # fmt: skip
             if differing:
                 said = ", ".join(f"{x} {kept.get(x)} (now {settings[x]})" for x in differing)
                 raise ValueError(f"--output {path} holds figures of other settings: {said}")

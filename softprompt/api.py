@@ -26,6 +26,7 @@ from softprompt import population as populations
 from softprompt import prompt as prompts
 from softprompt.backbone import Backbone
 from softprompt.inputs import Shared
+from softprompt.lengths import COMPILE_COST, SHARED_COMPILE_COST
 from softprompt.prompt import Prompt
 from softprompt.reparameterise import Mlp
 from softprompt.settings import check_settings
@@ -294,7 +295,9 @@ def _tuning(
     run_evaluation = None
     if validation_data is not None:
         held_out = shared(_examples, validation_data, "validation", backbone, lengths, labels)[1]
-        predictor = shared(_predictor, backbone, prompt_length, labels, lengths, batch_size)
+        predictor = shared(
+            _predictor, backbone, prompt_length, labels, lengths, batch_size, SHARED_COMPILE_COST
+        )
 
         def run_evaluation(flat: Flat, step: int) -> dict[str, float]:
             return evaluation.evaluate(predictor, flat, [held_out])
@@ -342,11 +345,14 @@ def _rates(learning_rate: float | optax.Schedule, train_steps: int) -> float | l
     return [float(learning_rate(train_steps * i // 8)) for i in range(9)]
 
 
-def _predictor(backbone, prompt_length, labels, lengths, batch_size, **settings):
+def _predictor(
+    backbone, prompt_length, labels, lengths, batch_size, shape_cost=COMPILE_COST, **settings
+):
     mode = evaluation.RANK if labels else evaluation.GENERATE
     return evaluation.Predictor(
-        backbone, prompt_length, mode, batch_size, lengths["targets"], **settings
-    )
+        backbone, prompt_length, mode, batch_size, lengths["targets"], shape_cost=shape_cost,
+        **settings,
+    )  # fmt: skip
 
 
 def _checked(

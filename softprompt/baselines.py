@@ -104,7 +104,7 @@ def pooled(backbone: Backbone, examples: data.Examples, batch_size: int = 32) ->
     states = np.zeros((len(examples), backbone.cfg.emb_dim), np.float32)
     none = [np.zeros(0, np.int32)] * len(examples)
     cuts = lengths.cuts(list(map(len, examples.inputs)), batch_size, 0)
-    for indices, batch in lengths.eval_batches(examples, cuts, none):
+    for indices, batch in lengths.eval_batches(examples, cuts, none, 0):
         found = np.asarray(encode(dict(backbone.params), batch["encoder_ids"]))
         states[indices] = found[: len(indices)]
     return states

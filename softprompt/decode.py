@@ -17,7 +17,7 @@ from softprompt.vocabulary import EOS_ID, PAD_ID
 
 Array = jax.Array
 Params = dict[str, Any]
-# (logits [B, V], key) -> ids [B]
+# (logits [B, V], position) -> ids [B]
 Choose = Callable[[Array, Array], Array]
 
 
@@ -42,7 +42,6 @@ def _loop(
     encoder_ids: Array,
     length: int,
     choose: Choose,
-    key: Array,
     scored: bool = False,
 ) -> tuple[Array, Array]:
     """Ids `[B, length]`, one chosen after the other until EOS; what follows EOS is padding.
@@ -62,7 +61,7 @@ def _loop(
     def body(carry):
         index, ids, last, done, scores, cache = carry
         logits, cache = step(last, index, cache)
-        chosen = choose(logits, jax.random.fold_in(key, index)).astype(jnp.int32)
+        chosen = choose(logits, index).astype(jnp.int32)
         if scored:
             found = losses.token_log_likelihood(logits, chosen)
             scores = scores + jnp.where(done, 0.0, found)
@@ -78,14 +77,14 @@ def _loop(
 
 def greedy(module: PromptedT5, params: Params, encoder_ids: Array, length: int) -> Array:
     """The likeliest token at every position: ids `[B, length]`."""
-    return _loop(module, params, encoder_ids, length, _likeliest, jax.random.key(0))[0]
+    return _loop(module, params, encoder_ids, length, _likeliest)[0]
 
 
 def greedy_scored(
     module: PromptedT5, params: Params, encoder_ids: Array, length: int
 ) -> tuple[Array, Array]:
     """`greedy`, and the log-likelihood `[B]` of what it found in nats (EOS included)."""
-    return _loop(module, params, encoder_ids, length, _likeliest, jax.random.key(0), scored=True)
+    return _loop(module, params, encoder_ids, length, _likeliest, scored=True)
 
 
 def _likeliest(logits: Array, _: Array) -> Array:
@@ -100,7 +99,7 @@ def sample(
     params: Params,
     encoder_ids: Array,
     length: int,
-    key: Array,
+    keys: Array,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -108,6 +107,7 @@ def sample(
     """Random ids `[B, length]`.
 
     Args:
+      keys: `[B]`, of each row: what it gets depends on its key, not on the rows beside it.
       temperature: divides the logits; must be positive (`greedy` is the limit 0).
       top_k: keep the k likeliest tokens (0: all).
       top_p: keep the smallest set of tokens whose probability reaches p (Holtzman et al. 2020).
@@ -117,10 +117,12 @@ def sample(
     if not 0 < top_p <= 1 or top_k < 0:
         raise ValueError(f"got top_k {top_k}, top_p {top_p}; expected top_k >= 0, 0 < top_p <= 1")
 
-    def choose(logits, key):
-        return jax.random.categorical(key, restrict(logits / temperature, top_k, top_p))
+    def choose(logits, index):
+        own = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
+        allowed = restrict(logits / temperature, top_k, top_p)
+        return jax.vmap(jax.random.categorical)(own, allowed)
 
-    return _loop(module, params, encoder_ids, length, choose, key)[0]
+    return _loop(module, params, encoder_ids, length, choose)[0]
 
 
 def restrict(logits: Array, top_k: int, top_p: float) -> Array:

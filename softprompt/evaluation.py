@@ -44,10 +44,10 @@ class EvalTask:
 
 
 def from_task(
-    task: Any, split: str, lengths: Mapping[str, int], vocabulary: Vocabulary
+    task: Any, split: str, feature_lengths: Mapping[str, int], vocabulary: Vocabulary
 ) -> EvalTask:
     """A seqio task's split with its postprocessor and metric functions."""
-    examples = data.from_task(task, split, lengths)
+    examples = data.from_task(task, split, feature_lengths)
     targets = [
         task.postprocess_fn(target_text(record, vocabulary), example=record, is_target=True)
         for record in examples.records
@@ -161,7 +161,10 @@ class Predictor:
       beams: beam search with so many beams; 1 is greedy.
       temperature, top_k, top_p: sampling, when temperature > 0.
       prefix: ids before every target, which are no part of a predicted text.
-      fixed_shapes: for calls without end: all share few shapes, which no call's examples decide.
+      seed: of sampling; what an example gets depends on it and on the example's number alone.
+      shape_cost: see `lengths.cuts`: what compiles is fitted to each call's examples, fewer shapes
+        for one call than for many of the same examples; with None to none of them, for calls
+        without end.
     """
 
     def __init__(
@@ -177,7 +180,7 @@ class Predictor:
         top_p: float = 1.0,
         seed: int = 0,
         prefix: Sequence[int] = (),
-        fixed_shapes: bool = False,
+        shape_cost: int | None = lengths.COMPILE_COST,
     ):
         if mode not in (GENERATE, RANK):
             raise ValueError(f"EVAL_MODE is {mode!r}, expected {GENERATE!r} or {RANK!r}")
@@ -188,7 +191,7 @@ class Predictor:
         self.backbone = backbone
         self.mode = mode
         self.prefix = tuple(prefix)
-        self.fixed_shapes = fixed_shapes
+        self.shape_cost = shape_cost
         # A batch is split over the mesh's data axis.
         self.batch_size = data.round_up(batch_size, backbone.mesh.shape["data"])
         prompt_lengths = [prompt_length] if isinstance(prompt_length, int) else prompt_length
@@ -197,12 +200,14 @@ class Predictor:
         cfg = dataclasses.replace(backbone.cfg, dropout_rate=0.0)
         module = PromptedT5(cfg, sum(prompt_lengths))
 
-        def generate(flat, ids, number):
+        def generate(flat, ids, numbers):
             params = tree.unflatten(flat)
-            key = jax.random.fold_in(jax.random.key(seed), number)
             if temperature > 0:
+                keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(
+                    numbers
+                )
                 return decode.sample(
-                    module, params, ids, decode_length, key, temperature, top_k, top_p
+                    module, params, ids, decode_length, keys, temperature, top_k, top_p
                 )
             if beams > 1:
                 return decode.beam(module, params, ids, decode_length, beams)[0]
@@ -224,21 +229,33 @@ class Predictor:
         if which is None and len(self.slots) > 1:
             raise ValueError(f"there are {len(self.slots)} prompts: say which one is whose")
         slots = [self.slots[k] for k in ([0] * len(examples) if which is None else which)]
+        prompt_length = max(map(len, self.slots))
         cuts = lengths.cuts(
-            list(map(len, examples.inputs)), self.batch_size, max(map(len, self.slots)),
-            self.backbone.mesh.shape["data"], self.fixed_shapes,
+            list(map(len, examples.inputs)), self.batch_size, prompt_length,
+            self.backbone.mesh.shape["data"], self.shape_cost,
         )  # fmt: skip
-        batches = lengths.eval_batches(examples, cuts, slots)
+        batches = lengths.eval_batches(examples, cuts, slots, prompt_length)
         for indices, batch in track(batches, f"{examples.name}: predicting", "batches", len(cuts)):
             yield indices, {k: partition.place(x, self._rows) for k, x in batch.items()}
 
     def generate(
-        self, flat: tree.Flat, examples: data.Examples, which: Sequence[int] | None = None
+        self,
+        flat: tree.Flat,
+        examples: data.Examples,
+        which: Sequence[int] | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> list[str]:
-        """A decoded string per example; `which` names the prompt of each."""
+        """A decoded string per example; `which` names the prompt of each.
+
+        `numbers` are those by which sampling tells the examples apart, by default their places.
+        """
         texts = [""] * len(examples)
-        for number, (indices, batch) in enumerate(self._batches(examples, which)):
-            ids = np.asarray(self._generate(flat, batch["encoder_ids"], np.int32(number)))
+        numbers = np.arange(len(examples)) if numbers is None else np.asarray(numbers)
+        for indices, batch in self._batches(examples, which):
+            of_rows = np.zeros(len(batch["encoder_ids"]), np.int32)
+            of_rows[: len(indices)] = numbers[indices]
+            placed = partition.place(of_rows, self._rows)
+            ids = np.asarray(self._generate(flat, batch["encoder_ids"], placed))
             for i, row in zip(indices, ids, strict=False):
                 texts[i] = self._text(row)
         return texts
@@ -319,10 +336,12 @@ class Predictor:
         examples: data.Examples,
         which: Sequence[int],
         labels: Sequence[Sequence[str] | None],
+        first: int = 0,
     ) -> list[str]:
         """A string per example of mixed tasks, each by the prompt that `which` names.
 
         `labels` are those of each prompt: the likeliest is picked, or a text is generated (None).
+        `first` is the number of the first example, for sampling.
         """
         found = [""] * len(examples)
         which = np.asarray(which)
@@ -334,9 +353,8 @@ class Predictor:
             for i, own, row in zip(ranked, sets, scores, strict=True):
                 found[i] = own[int(row.argmax())]
         if len(free):
-            for i, text in zip(
-                free, self.generate(flat, examples.take(free), which[free]), strict=True
-            ):
+            texts = self.generate(flat, examples.take(free), which[free], first + free)
+            for i, text in zip(free, texts, strict=True):
                 found[i] = text
         return found
 

@@ -40,6 +40,7 @@ from softprompt.backbone import Backbone
 from softprompt.formats import Stored, native
 from softprompt.infer import infer
 from softprompt.inputs import Shared
+from softprompt.lengths import SHARED_COMPILE_COST
 from softprompt.logbook import duration, say, size
 from softprompt.predict import baseline, eval
 from softprompt.settings import (
@@ -257,7 +258,7 @@ def train(
     predictor = shared(
         evaluation.Predictor,
         backbone, prompt_length, eval_mode, eval_batch_size, task_feature_lengths["targets"],
-        1, 0.0, 0, 1.0, 0, prefix,
+        1, 0.0, 0, 1.0, 0, prefix, SHARED_COMPILE_COST,
     )  # fmt: skip
     save_backbone = functools.partial(
         _save_backbone, backbone, backbone_name, backbone_dtype,

@@ -14,10 +14,12 @@ WINDOW = 32
 # Of an evaluation: the most shapes, and of what their lengths are multiples.
 EVAL_SHAPES = 12
 EVAL_MULTIPLE = 4
-# What a batch and what a further shape cost, in encoder positions: decoding reads all weights
-# token by token, however few the rows; a shape compiles once and is often evaluated again.
+# In encoder positions: what a batch costs, for decoding reads all weights token by token, however
+# few the rows; what compiling a shape costs (T5 1.1 small 5,000 to 7,000 on two cores, the embedded
+# backbone 18,000 to 33,000); and what of it an evaluation bears that is one of many.
 BATCH_COST = 512
-SHAPE_COST = 512
+COMPILE_COST = 8192
+SHARED_COMPILE_COST = 512
 # Three lengths per doubling from 32 on: a quarter of a row is padding at most.
 FIXED_LENGTHS = (
     16, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512,
@@ -79,26 +81,31 @@ class Cut(NamedTuple):
 
 
 def cuts(
-    lengths: Sequence[int], batch_size: int, prompt: int, multiple: int = 1, fixed: bool = False
+    lengths: Sequence[int],
+    batch_size: int,
+    prompt_length: int,
+    multiple: int = 1,
+    shape_cost: int | None = COMPILE_COST,
 ) -> list[Cut]:
     """Batches of every example once, shortest inputs first, of at most `EVAL_SHAPES` shapes.
 
     Each shape takes a run of the sorted examples, in batches of the same number of rows: what all
-    cost together, `prompt` rows before every input, padding, `BATCH_COST` and `SHAPE_COST`
-    included, is the least there is.
+    cost together, padding, `BATCH_COST` and `shape_cost` included, is the least there is.
 
     Args:
       lengths: of the inputs.
       batch_size: the most rows of a batch.
+      prompt_length: positions before every input.
       multiple: of which every number of rows is one, `batch_size` too.
-      fixed: batches of `batch_size` rows, their lengths among `FIXED_LENGTHS`: shapes that the
-        next examples share.
+      shape_cost: of each shape, in encoder positions: `COMPILE_COST` or `SHARED_COMPILE_COST`.
+        None gives batches of `batch_size` rows, their lengths among `FIXED_LENGTHS`: shapes that
+        the next examples share.
     """
     lengths = np.asarray(lengths)
     order = np.argsort(lengths, kind="stable")
     if not len(order):
         return []
-    if fixed:
+    if shape_cost is None:
         found = []
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
@@ -113,7 +120,7 @@ def cuts(
 
     def price(n, length):
         batches, rows = shape(n)
-        return batches * (rows * (prompt + length) + BATCH_COST) + SHAPE_COST
+        return batches * (rows * (prompt_length + length) + BATCH_COST) + shape_cost
 
     values, weights = np.unique(data.round_up(lengths, EVAL_MULTIPLE), return_counts=True)
     found, begun = [], 0
@@ -127,19 +134,22 @@ def cuts(
 
 
 def eval_batches(
-    examples: data.Examples, cuts: Sequence[Cut], slots: Sequence[np.ndarray]
+    examples: data.Examples, cuts: Sequence[Cut], slots: Sequence[np.ndarray], prompt_length: int
 ) -> Iterator[tuple[np.ndarray, data.Batch]]:
-    """(indices, batch) of each cut, `slots` those before each example; other rows are padding."""
+    """(indices, batch) of each cut, its shape `(rows, prompt_length + length)`.
+
+    `slots` are those before each example, at most `prompt_length`; other rows are padding.
+    """
     if not cuts:
         return
-    room, targets_length = max(map(len, slots)), data.longest(examples.targets)
+    targets_length = data.longest(examples.targets)
     for indices, rows, length in cuts:
         inputs = [np.concatenate([slots[i], examples.inputs[i]]) for i in indices]
         targets = [examples.targets[i] for i in indices]
         yield (
             indices,
             {
-                "encoder_ids": data.pad(inputs, rows, room + length),
+                "encoder_ids": data.pad(inputs, rows, prompt_length + length),
                 "targets": data.pad(targets, rows, targets_length),
             },
         )

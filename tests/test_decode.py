@@ -122,7 +122,7 @@ def test_sampling_obeys_temperature_top_k_and_seed(model):
     many = np.repeat(ids[:1], 64, 0)
     run = jax.jit(
         lambda key, temperature, k: decode.sample(
-            module, params, many, 1, key, temperature, k, 1.0
+            module, params, many, 1, jax.random.split(key, 64), temperature, k, 1.0
         ),
         static_argnums=(1, 2),
     )

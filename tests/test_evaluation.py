@@ -47,6 +47,20 @@ def test_a_mixed_batch_gives_the_texts_and_scores_of_separate_ones(tiny):
         assert [chosen[i] for i in of] == [LABELS[k][c] for c in alone.argmax(-1)]
 
 
+def test_a_sampled_text_depends_on_the_seed_and_its_number_alone(tiny):
+    """Not on the batch that it is in, which follows the batch size and the number of devices."""
+    [array] = prompts_of(tiny, (3,))
+
+    def sampled(**settings):
+        return softprompt.generate(tiny, TEXTS, array, max_tokens=4, temperature=1.0, **settings)
+
+    found = sampled(batch_size=8)
+    assert sampled(batch_size=2) == found and len(set(found)) > 1
+    assert sampled(batch_size=8, seed=1) != found
+    # The same text at other places is sampled anew.
+    assert len(set(softprompt.generate(tiny, 5 * TEXTS[:1], array, 4, temperature=1.0))) > 1
+
+
 def test_in_rows_of_one_shape_the_scores_are_the_same_to_the_last_digits(tiny):
     """Prompts of one length and one set of labels: nothing differs but the rows of the bank."""
     found = prompts_of(tiny, (4, 4))

@@ -74,16 +74,19 @@ def test_no_example_meets_itself_in_a_small_data_set():
         assert len(set(batch["encoder_ids"][:, 5])) == 4
 
 
-def cost(cuts, prompt):
+ONCE, OFTEN = lengths.COMPILE_COST, lengths.SHARED_COMPILE_COST
+
+
+def cost(cuts, prompt_length, shape_cost):
     shapes = {(cut.rows, cut.length) for cut in cuts}
-    padded = sum(cut.rows * (prompt + cut.length) + lengths.BATCH_COST for cut in cuts)
-    return padded + len(shapes) * lengths.SHAPE_COST
+    padded = sum(cut.rows * (prompt_length + cut.length) + lengths.BATCH_COST for cut in cuts)
+    return padded + len(shapes) * shape_cost
 
 
-@pytest.mark.parametrize("fixed", (False, True))
-def test_an_evaluation_has_every_example_once_in_few_shapes(fixed):
+@pytest.mark.parametrize("shape_cost", (ONCE, OFTEN, None))
+def test_an_evaluation_has_every_example_once_in_few_shapes(shape_cost):
     found = np.random.default_rng(2).integers(1, 700, 1001)
-    cuts = lengths.cuts(found, 32, 100, 4, fixed)
+    cuts = lengths.cuts(found, 32, 100, 4, shape_cost)
     assert sorted(np.concatenate([cut.indices for cut in cuts])) == list(range(1001))
     shortest = [found[cut.indices].min() for cut in cuts]
     assert shortest == sorted(shortest)
@@ -91,15 +94,28 @@ def test_an_evaluation_has_every_example_once_in_few_shapes(fixed):
         assert 0 < len(cut.indices) <= cut.rows <= 32 and cut.rows % 4 == 0
         assert found[cut.indices].max() <= cut.length
     shapes = {(cut.rows, cut.length) for cut in cuts}
-    if fixed:
+    fixed = lengths.cuts(found, 32, 100, 4, None)
+    if shape_cost is None:
         assert shapes <= {(32, n) for n in lengths.FIXED_LENGTHS}
     else:
         assert 1 < len(shapes) <= lengths.EVAL_SHAPES
-        assert cost(cuts, 100) < 0.95 * cost(lengths.cuts(found, 32, 100, 4, True), 100)
-    assert lengths.cuts([], 32, 100, 4, fixed) == []
+        assert cost(cuts, 100, shape_cost) < 0.95 * cost(fixed, 100, shape_cost)
+    assert lengths.cuts([], 32, 100, 4, shape_cost) == []
 
 
-def test_no_other_shapes_of_an_evaluation_cost_less():
+def test_what_is_evaluated_once_compiles_fewer_shapes():
+    found = np.random.default_rng(2).integers(1, 700, 1001)
+    once, often = (
+        {cut.length for cut in lengths.cuts(found, 32, 100, 1, c)} for c in (ONCE, OFTEN)
+    )
+    assert len(once) < len(often)
+    # A few texts: one shape, no larger than they are.
+    [cut] = lengths.cuts([3, 90, 12], 32, 100)
+    assert cut.rows == 3 and cut.length == 92
+
+
+@pytest.mark.parametrize("shape_cost", (0, 100, OFTEN))
+def test_no_other_shapes_of_an_evaluation_cost_less(shape_cost):
     """Against every way to cut the sorted lengths into runs."""
     found = np.sort(np.random.default_rng(3).integers(1, 9, 60) ** 3)
     least = np.inf
@@ -114,9 +130,9 @@ def test_no_other_shapes_of_an_evaluation_cost_less():
                 length = data.round_up(int(found[end - 1]), lengths.EVAL_MULTIPLE)
                 cuts += [lengths.Cut(np.zeros(0), rows, length)] * batches
                 begun = end
-            least = min(least, cost(cuts, 20))
-    cuts = lengths.cuts(found, 8, 20, 2)
-    assert cost(cuts, 20) == least
+            least = min(least, cost(cuts, 20, shape_cost))
+    cuts = lengths.cuts(found, 8, 20, 2, shape_cost)
+    assert cost(cuts, 20, shape_cost) == least
     assert len({cut.length for cut in cuts}) > 1
 
 
@@ -124,9 +140,9 @@ def test_a_batch_of_an_evaluation_holds_its_examples():
     examples = made(5, 3, 20)
     slots = [SLOTS[: 1 + i % 2] for i in range(5)]
     cut = lengths.Cut(np.array([3, 0]), 4, 24)
-    [(indices, batch)] = lengths.eval_batches(examples, [cut], slots)
+    [(indices, batch)] = lengths.eval_batches(examples, [cut], slots, 3)
     assert indices is cut.indices
-    assert batch["encoder_ids"].shape == (4, 26)
+    assert batch["encoder_ids"].shape == (4, 27)
     for row, i in zip(batch["encoder_ids"], cut.indices, strict=False):
         expected = [*slots[i], *examples.inputs[i]]
         assert row[row > 0].tolist() == list(expected)

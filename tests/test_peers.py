@@ -77,6 +77,8 @@ def test_figures_of_other_settings_are_not_mixed(peers, tmp_path):
         run(peers, path, {"batches": 3}, {"ours": Side([])})
     with pytest.raises(ValueError, match=r"packages of peft peft 1 \(now peft 2\)"):
         run(peers, path, {"batches": 5, "packages of peft": "peft 2"}, {"peft": Side([])})
+    with pytest.raises(ValueError, match=r"other settings: decode_batches None \(now 10\)"):
+        run(peers, path, {"batches": 5, "decode_batches": 10}, {"ours": Side([])})
     # A peer may come or go.
     run(peers, path, {"batches": 5, "packages of t5x": "t5x 1"}, {"t5x": Side([])})
     kept = json.loads(pathlib.Path(path).read_text())

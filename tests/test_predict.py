@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import softprompt
-from softprompt import banks, checkpoint
+from softprompt import banks, checkpoint, infer, lengths
 from softprompt.__main__ import main
 
 MODEL = "--gin_file=models/t5_1_1_embedded.gin"
@@ -60,6 +60,38 @@ def test_rows_that_name_their_prompts_share_batches(tmp_path, files, capsys):
     path.write_text('{"text": "x"}\n')
     assert main(command) == 2
     assert "no field 'prompt' names its prompt" in capsys.readouterr().err
+
+
+def test_what_infer_reads_at_once_changes_neither_shapes_nor_samples(
+    tmp_path, files, capsys, monkeypatch
+):
+    """Its shapes are bounded however many rows there are, and a row's sample is its own."""
+    names = {name: str(files / f"{name}.safetensors") for name in "abc"}
+    path, shapes, batches = tmp_path / "rows.jsonl", set(), lengths.eval_batches
+    with open(path, "w") as file:
+        for i in range(9):
+            row = {"prompt": "aabbccabc"[i], "text": "words " * (1 + 3 * i)}
+            file.write(json.dumps(row) + "\n")
+
+    def seen(*arguments):
+        for indices, batch in batches(*arguments):
+            shapes.add(batch["encoder_ids"].shape)
+            yield indices, batch
+
+    monkeypatch.setattr(lengths, "eval_batches", seen)
+    found = []
+    for chunk in (512, 2):
+        monkeypatch.setattr(infer, "CHUNK", chunk)
+        out = tmp_path / f"{chunk}.jsonl"
+        command = ["infer", MODEL, "--gin_file=runs/mixed_infer.gin", f"--gin.INPUT_FILE={path}",
+                   f"--gin.OUTPUT_FILE={out}", f"--gin.PROMPTS={names!r}", "--gin.BATCH_SIZE=4",
+                   "--gin.TEMPERATURE=1.0",
+                   "--gin.TASK_FEATURE_LENGTHS={'inputs': 64, 'targets': 4}"]  # fmt: skip
+        assert main(command) == 0
+        found.append(out.read_text())
+    assert found[0] == found[1]
+    # Six positions for the longest prompt, whichever ones a chunk names.
+    assert shapes <= {(4, 6 + n) for n in lengths.FIXED_LENGTHS} and len(shapes) > 1
 
 
 def test_eval_takes_many_prompts_and_reads_each_once(tmp_path, files, capsys, monkeypatch):
