@@ -5,7 +5,8 @@
 SETTINGS is a JSON object: `side` (ours, peft; T5X has `t5x_worker.py`, with the same calls),
 `tokens` (an .npz of `peers.py`), `device` (cpu or gpu), `architecture` (of a T5 1.1, see
 `peers.py`), `dtype`, `weights` and `remat` (of ours), `batch_size`, `prompt_length`,
-`decode_length`, `batches` (per case), `cpu_devices` (of ours: what `softprompt --cpu_devices` is),
+`decode_length`, `batches` (of a case), `decode_batches` (where inputs are decoded by length),
+`cpu_devices` (of ours: what `softprompt --cpu_devices` is),
 `cpu_time` (one thread, and the process's own CPU seconds instead of the clock's). Weights are
 random.
 """

@@ -290,7 +290,7 @@ def _run_gin(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> int:
         bindings.append(("IGNORE_FINGERPRINT", "True"))
     search_paths = [p for p in args.gin_search_paths.split(",") if p]
     parsed = args.gin_file, bindings, search_paths
-    if args.command in ("sweep", "population", "transfer"):  # Of many runs: they read gin each.
+    if args.command in ("sweep", "population", "transfer"):  # Each of their runs reads gin anew.
         _use_data(args)
         from softprompt import members, sweep, transfer
 
@@ -301,9 +301,9 @@ def _run_gin(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> int:
         return 0
     config.parse(*parsed)
     options = {}
-    with config.errors():
-        if args.command == "train":
-            # Reading it takes the time that importing takes.
+    if args.command == "train":
+        # Reading it takes the time that importing takes.
+        with config.errors():
             options["shared"] = launch.load_ahead(config.arguments(launch.train))
     _use_data(args)
     with config.errors():
