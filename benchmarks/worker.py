@@ -90,6 +90,7 @@ class Ours:
             t5,
             throughput,
             train,
+            train_step,
             tree,
         )
 
@@ -129,9 +130,9 @@ class Ours:
         bank = np.random.default_rng(0).uniform(-0.5, 0.5, (rows, cfg.emb_dim))
         trainable = {train.PROMPT: put(bank.astype(np.float32))}
         module, optimizer = prompted.PromptedT5(cfg, rows), optim.adafactor()
-        self.state = train.init_state(trainable, optimizer, mesh)
+        self.state = train_step.init_state(trainable, optimizer, mesh)
         self.frozen = frozen
-        self.step = train.jit_step(train.make_step(module, optimizer))
+        self.step = train_step.jit_step(train_step.make_step(module, optimizer))
         length = settings["decode_length"]
         params = lambda flat: tree.unflatten({**flat, **trainable})  # noqa: E731
         self.greedy = jax.jit(lambda flat, ids: decode.greedy(module, params(flat), ids, length))

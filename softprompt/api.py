@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 from softprompt import backbone as backbones
-from softprompt import data, evaluation, inputs, optim, prompted, report, train, voting
+from softprompt import data, evaluation, inputs, optim, prompted, report, train, train_step, voting
 from softprompt import population as populations
 from softprompt import prompt as prompts
 from softprompt.backbone import Backbone
@@ -284,7 +284,7 @@ def _tuning(
     loss = loss or (evaluation.LABELS if labels else evaluation.TOKENS)
     label_ids = evaluation.training_labels(loss, [examples], [labels], backbone.vocabulary)
     slots = prompted.slots(backbone.cfg.vocab_size, prompt_length)
-    batch_size = train.rows_for(batch_size, backbone.mesh, microbatches)
+    batch_size = train_step.rows_for(batch_size, backbone.mesh, microbatches)
     batches = inputs.batches(
         [examples], [1.0], batch_size, seed, slots, backbone.mesh, microbatches, pack_length,
         length_buckets, 0 if label_ids is None else label_ids.shape[1],

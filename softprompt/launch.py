@@ -33,6 +33,7 @@ from softprompt import (
     provenance,
     reparameterise,
     report,
+    train_step,
     tree,
 )
 from softprompt import train as training
@@ -222,7 +223,7 @@ def train(
         initial = prompt_init(jax.random.key(seed), prompt_length, source)
         origin = source.origin
         deep = prompt.deep_rows(backbone, initial, prompt_depth)
-    batch_size = training.rows_for(batch_size, devices, microbatches)
+    batch_size = train_step.rows_for(batch_size, devices, microbatches)
     if stream:
         own = partition.local_rows(devices, batch_size)
         batches = data.stream_batches(

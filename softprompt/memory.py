@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from softprompt import backbone as backbones
-from softprompt import data, formats, packing, partition, prompted, t5, train, tree
+from softprompt import data, formats, packing, partition, prompted, t5, train, train_step, tree
 from softprompt.prompted import PromptedT5
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -90,7 +90,7 @@ def size_on_device(shapes: Any) -> int:
     )
 
 
-def lower(run: Run) -> tuple[jax.stages.Lowered, train.State, tree.Flat, dict[str, Any]]:
+def lower(run: Run) -> tuple[jax.stages.Lowered, train_step.State, tree.Flat, dict[str, Any]]:
     """The run's train step, lowered, with the shapes of its state, frozen parameters and batch."""
     params: dict[str, Any] = dict(backbones.layout(run.cfg, run.mesh, run.weights))
     if run.prompt_length:
@@ -101,7 +101,7 @@ def lower(run: Run) -> tuple[jax.stages.Lowered, train.State, tree.Flat, dict[st
         path: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding)
         for path, x in trained.items()
     }
-    state = train.abstract_state(trained, run.optimizer, run.mesh)
+    state = train_step.abstract_state(trained, run.optimizer, run.mesh)
     spread = partition.batch_sharding(run.mesh)
     widths = {"encoder_ids": run.encoder_length, "targets": run.targets_length}
     if run.packed:
@@ -112,13 +112,13 @@ def lower(run: Run) -> tuple[jax.stages.Lowered, train.State, tree.Flat, dict[st
         for name, width in widths.items()
     }
     label_ids = np.ones((run.labels, run.targets_length), np.int32) if run.labels else None
-    step = train.make_step(
+    step = train_step.make_step(
         PromptedT5(run.cfg, run.prompt_length),
         run.optimizer,
         label_ids=label_ids,
         microbatches=run.microbatches,
     )
-    lowered = train.jit_step(step).lower(state, fixed, batch)
+    lowered = train_step.jit_step(step).lower(state, fixed, batch)
     return lowered, state, fixed, batch
 
 
@@ -257,7 +257,7 @@ def of_settings(settings: Mapping[str, Any], mesh: jax.sharding.Mesh, labels: in
     lengths, length = settings["task_feature_lengths"], settings["prompt_length"]
     microbatches = settings["microbatches"]
     inputs, targets = (data.round_up(lengths[feature]) for feature in ("inputs", "targets"))
-    rows = train.rows_for(settings["batch_size"], mesh, microbatches)
+    rows = train_step.rows_for(settings["batch_size"], mesh, microbatches)
     width = length + inputs
     if (pack := settings["pack_length"]) == "auto":
         raise ValueError(

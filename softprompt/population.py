@@ -20,11 +20,12 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from softprompt import checkpoint, partition, throughput, train, tree
+from softprompt import checkpoint, partition, throughput, train, train_step, tree
 from softprompt.backbone import Backbone
 from softprompt.logbook import Logbook, duration, say
 from softprompt.prompted import PromptedT5
-from softprompt.train import PROMPT, Result, State
+from softprompt.train import PROMPT, Result
+from softprompt.train_step import State
 
 Batch = Mapping[str, np.ndarray]
 
@@ -107,7 +108,7 @@ class _Run:
         self._frozen = backbone.params
         self._everywhere = partition.replicated(backbone.mesh)
         prompt = jax.device_put(np.asarray(member.prompt, np.float32), self._everywhere)
-        self.state = train.init_state({PROMPT: prompt}, member.optimizer, backbone.mesh)
+        self.state = train_step.init_state({PROMPT: prompt}, member.optimizer, backbone.mesh)
         self.best: dict[str, Any] = {"step": 0, "metric": None, "waited": 0, "metrics": {}}
         folder = member.model_dir
         if folder is not None and (restored := checkpoint.restore_state(folder, self.state, say)):
@@ -233,13 +234,15 @@ class _Group:
         self._rows = NamedSharding(backbone.mesh, PartitionSpec(None, *partition.spec(("batch",))))
         # A mask of dropout is drawn for a shape, and is to be the one that a member draws alone.
         self._one_shape = backbone.cfg.dropout_rate > 0
-        self._step = jax.jit(self._make_step(backbone), compiler_options=train.compiler_options())
+        self._step = jax.jit(
+            self._make_step(backbone), compiler_options=train_step.compiler_options()
+        )
 
     def _make_step(self, backbone: Backbone):
         members = [run.member for run in self.runs]
         lengths = [len(member.prompt) for member in members]
         one = members[0]
-        loss_fn = train.make_loss(
+        loss_fn = train_step.make_loss(
             PromptedT5(backbone.cfg, max(lengths)),
             one.z_loss,
             one.label_smoothing,
@@ -275,7 +278,7 @@ class _Group:
                 bank, frozen, batch, label_ids, keys
             )
             return [
-                train.advance(
+                train_step.advance(
                     state,
                     member.optimizer,
                     {PROMPT: grads[PROMPT][i, : lengths[i]]},

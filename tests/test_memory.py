@@ -25,6 +25,7 @@ from softprompt import (
     prompted,
     t5,
     train,
+    train_step,
     tree,
 )
 from softprompt.formats import Stored, native
@@ -48,8 +49,10 @@ def gradient(backbone, batch, rows=5, label_ids=None, **settings):
     cfg = dataclasses.replace(backbone.cfg, remat=settings.pop("remat", "none"))
     module, optimizer = PromptedT5(cfg, rows), optax.sgd(1.0)
     prompt = jnp.asarray(prompt_of(backbone, rows))
-    state = train.init_state({train.PROMPT: prompt}, optimizer, backbone.mesh)
-    step = train.jit_step(train.make_step(module, optimizer, label_ids=label_ids, **settings))
+    state = train_step.init_state({train.PROMPT: prompt}, optimizer, backbone.mesh)
+    step = train_step.jit_step(
+        train_step.make_step(module, optimizer, label_ids=label_ids, **settings)
+    )
     after = step(state, backbone.params, batch)
     loss = float(after["loss_sum"] / after["count_sum"])
     return loss, np.asarray(prompt - after["trainable"][train.PROMPT])
@@ -228,9 +231,9 @@ def test_microbatches_give_the_gradient_of_the_whole_batch(tiny, pairs, kind):
 
 
 def test_microbatches_must_divide_the_batch(tiny):
-    assert train.rows_for(32, tiny.mesh, 4) == 32
+    assert train_step.rows_for(32, tiny.mesh, 4) == 32
     with pytest.raises(ValueError, match="MICROBATCHES is 3, expected a divisor of BATCH_SIZE"):
-        train.rows_for(32, tiny.mesh, 3)
+        train_step.rows_for(32, tiny.mesh, 3)
 
 
 # --- what a run needs ----------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from softprompt import (
     partition,
     prompted,
     train,
+    train_step,
     tree,
 )
 from softprompt.prompted import PromptedT5, slots
@@ -91,8 +92,8 @@ def compiled(backbone, trainable, rows=5):
     optimizer = optim.adafactor(0.3)
     params = dict(backbone.params, **{train.PROMPT: jnp.asarray(prompt_of(backbone, rows))})
     trained, fixed = tree.split(params, trainable)
-    state = train.init_state(trained, optimizer, backbone.mesh)
-    step = jax.jit(train.make_step(PromptedT5(backbone.cfg, rows), optimizer))
+    state = train_step.init_state(trained, optimizer, backbone.mesh)
+    step = jax.jit(train_step.make_step(PromptedT5(backbone.cfg, rows), optimizer))
     batch = {"encoder_ids": np.ones((4, 21), np.int32), "targets": np.ones((4, 8), np.int32)}
     return state, step.lower(state, fixed, batch).compile()
 
@@ -401,9 +402,9 @@ def step_gradient(tiny, rows, batch, label_ids):
     module = PromptedT5(tiny.cfg, rows)
     bank = np.random.default_rng(5).normal(size=(rows, tiny.cfg.emb_dim)).astype(np.float32)
     start = {train.PROMPT: jnp.asarray(bank)}
-    state = train.init_state(start, optax.sgd(1.0), tiny.mesh)
+    state = train_step.init_state(start, optax.sgd(1.0), tiny.mesh)
     with jax.default_matmul_precision("highest"):
-        step = train.make_step(module, optax.sgd(1.0), label_ids=label_ids)
+        step = train_step.make_step(module, optax.sgd(1.0), label_ids=label_ids)
         after = jax.jit(step)(state, tiny.params, batch)
     return bank - after["trainable"][train.PROMPT], after["loss_sum"], after["count_sum"]
 
