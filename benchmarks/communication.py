@@ -20,7 +20,7 @@ import re
 import jax
 import numpy as np
 
-from softprompt import memory, optim, partition, t5
+from softprompt import memory, optim, partition, t5_config
 
 KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
 OPERATION = re.compile(rf"= (.*?) ({KINDS})(?:-start)?\(")
@@ -92,7 +92,12 @@ def first_group(line: str) -> list[int] | None:
 
 
 def abstract_step(
-    cfg: t5.T5Config, mesh: jax.sharding.Mesh, rows: int, batch: int, inputs: int, targets: int
+    cfg: t5_config.T5Config,
+    mesh: jax.sharding.Mesh,
+    rows: int,
+    batch: int,
+    inputs: int,
+    targets: int,
 ) -> jax.stages.Lowered:
     """The train step of a prompt of `rows` vectors, lowered on shapes alone."""
     run = memory.Run(cfg, None, mesh, optim.adafactor(0.3), rows, batch, rows + inputs, targets)
@@ -108,7 +113,7 @@ def count(found: list[Collective]) -> dict[tuple[str, str, str], np.ndarray]:
     return totals
 
 
-def compiled(cfg: t5.T5Config, mesh, layers: int, *shape: int) -> list[Collective]:
+def compiled(cfg: t5_config.T5Config, mesh, layers: int, *shape: int) -> list[Collective]:
     """The collectives of a step with so many layers in each stack."""
     cfg = dataclasses.replace(cfg, num_encoder_layers=layers, num_decoder_layers=layers)
     # No machine code is run: what the partitioner and the simplifiers leave is counted.
@@ -119,7 +124,7 @@ def compiled(cfg: t5.T5Config, mesh, layers: int, *shape: int) -> list[Collectiv
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", default="t5_1_1_xl", choices=list(t5.SIZES))
+    parser.add_argument("--size", default="t5_1_1_xl", choices=list(t5_config.SIZES))
     parser.add_argument("--devices", type=int, default=8)
     parser.add_argument("--model", type=int, nargs="+", default=[1], help="along the model axis")
     parser.add_argument("--prompt_length", type=int, default=100)
@@ -134,7 +139,7 @@ def main() -> None:
     flag = f"--xla_force_host_platform_device_count={args.devices}"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
     jax.config.update("jax_platforms", "cpu")
-    cfg = t5.config(args.size, args.dropout_rate, args.dtype)
+    cfg = t5_config.config(args.size, args.dropout_rate, args.dtype)
     depth = cfg.num_encoder_layers
     batch = args.batch_size or 4 * args.devices
     shape = (args.prompt_length, batch, args.inputs, args.targets)

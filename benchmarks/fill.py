@@ -43,8 +43,8 @@ def evaluated(task: str, part: data.Examples, batch_size: int, prompt_length: in
     sizes = [len(ids) for ids in part.inputs]
     filled = sum(sizes) + len(sizes) * prompt_length
     found = []
-    for shape_cost in (None, lengths.COMPILE_COST, lengths.SHARED_COMPILE_COST):
-        cuts = lengths.cuts(sizes, batch_size, prompt_length, shape_cost=shape_cost)
+    for evaluations in (None, 1, lengths.MANY_EVALUATIONS):
+        cuts = lengths.cuts(sizes, batch_size, prompt_length, evaluations=evaluations)
         positions = sum(cut.rows * (prompt_length + cut.length) for cut in cuts)
         shapes = {(cut.rows, cut.length) for cut in cuts}
         found.append(f"{100 * filled / positions:.1f}% | {len(shapes)}")

@@ -18,7 +18,7 @@ import time
 
 import numpy as np
 
-from softprompt import data, packing, partition, pipeline, prompted, t5, throughput
+from softprompt import data, packing, partition, pipeline, prompted, t5_config, throughput
 
 PROMPT_LENGTH = 100
 
@@ -39,7 +39,7 @@ class Clock:
         return time.perf_counter() >= self.done
 
 
-def examples(cfg: t5.T5Config, count: int, mean: float, longest: int) -> data.Examples:
+def examples(cfg: t5_config.T5Config, count: int, mean: float, longest: int) -> data.Examples:
     """Random tokens in RTE's lengths: a gamma distribution, cut at both ends."""
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.gamma(4.0, mean / 4.0, count).astype(int), 20, longest)
@@ -68,7 +68,7 @@ def replay(made: list[float], steps: list[float], ahead: int) -> float:
 
 
 def measure(
-    make, cfg: t5.T5Config, mesh, operations: float, steps: int, ahead: int
+    make, cfg: t5_config.T5Config, mesh, operations: float, steps: int, ahead: int
 ) -> dict[str, float]:
     """Means of a step and of a batch in seconds, and shares of time that the device waited."""
     costs, lasting = [], []
@@ -102,7 +102,7 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", default="t5_1_1_xl", choices=list(t5.SIZES))
+    parser.add_argument("--size", default="t5_1_1_xl", choices=list(t5_config.SIZES))
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--peak", type=float, default=989e12, help="of a device; an H100's in bf16")
     parser.add_argument("--utilisation", type=float, default=0.5)
@@ -113,7 +113,7 @@ def main() -> None:
     args = parser.parse_args()
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
     os.environ["JAX_PLATFORMS"] = "cpu"
-    cfg = t5.config(args.size)
+    cfg = t5_config.config(args.size)
     mesh = partition.make_mesh()
     part = examples(cfg, 2490, args.mean, args.longest)
     slots = prompted.slots(cfg.vocab_size, PROMPT_LENGTH)

@@ -18,7 +18,7 @@ import tempfile
 import ml_dtypes
 import numpy as np
 
-from softprompt import backbone, convert, t5, tree
+from softprompt import backbone, convert, t5_config, tree
 from softprompt.formats import Stored
 
 MEASURE = """
@@ -36,7 +36,7 @@ print(size, peak() - before, peak(), time.monotonic() - began)
 
 def stored(size: str, dtype: type) -> Stored:
     """A random backbone whose tensors are drawn as they are read."""
-    cfg = t5.config(size)
+    cfg = t5_config.config(size)
     shapes = {k: x.shape for k, x in tree.flatten(backbone.abstract(cfg)["params"]).items()}
     rng = np.random.default_rng(0)
 
@@ -48,7 +48,7 @@ def stored(size: str, dtype: type) -> Stored:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--size", default="t5_1_1_large", choices=list(t5.SIZES))
+    parser.add_argument("--size", default="t5_1_1_large", choices=list(t5_config.SIZES))
     parser.add_argument("--folder", help="where the checkpoints go for a while")
     args = parser.parse_args()
     print("| stored | loaded as | parameters, GB | peak over start, GB | allowed, GB | seconds |")

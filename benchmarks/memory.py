@@ -23,14 +23,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from softprompt import memory, optim, partition, t5
+from softprompt import memory, optim, partition, t5_config
 
 PROMPT, INPUTS, TARGETS = 100, 512, 16
 
 
 def run_of(args: argparse.Namespace, batch: int) -> memory.Run:
     """A prompt-tuning run in the paper's settings."""
-    cfg = dataclasses.replace(t5.config(args.size, 0.1, args.dtype), remat=args.remat)
+    cfg = dataclasses.replace(t5_config.config(args.size, 0.1, args.dtype), remat=args.remat)
     mesh = partition.make_mesh(devices=1)
     optimizer = optim.adafactor(0.3)
     return memory.Run(
@@ -75,7 +75,7 @@ def table(args: argparse.Namespace) -> None:
     print("| --- | --- | --- | --- | --- | --- |", flush=True)
     for size in ("small", "base", "large", "xl", "xxl"):
         for weights in (None, "int8"):
-            for remat in t5.REMAT:
+            for remat in t5_config.REMAT:
                 args.size, args.weights, args.remat = f"t5_1_1_{size}", weights, remat
                 found = memory.need(run_of(args, args.batch[0]))
                 sizes = (found.weights, found.temporaries, found.peak)
@@ -85,11 +85,11 @@ def table(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", default="t5_1_1_small", choices=list(t5.SIZES))
+    parser.add_argument("--size", default="t5_1_1_small", choices=list(t5_config.SIZES))
     parser.add_argument("--batch", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--weights", default=None)
-    parser.add_argument("--remat", default="none", choices=t5.REMAT)
+    parser.add_argument("--remat", default="none", choices=t5_config.REMAT)
     parser.add_argument("--microbatches", type=int, default=1)
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--table", action="store_true", help="the dry run's figures, all sizes")

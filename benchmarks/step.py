@@ -26,7 +26,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from softprompt import backbone, losses, prompted, t5, throughput, train, train_step, tree  # noqa: E402
+from softprompt import backbone, losses, prompted, t5_config, throughput, train, train_step, tree  # noqa: E402
 
 
 def best(function, *operands) -> float:
@@ -41,7 +41,7 @@ def best(function, *operands) -> float:
 
 
 def main() -> None:
-    cfg, rows = t5.config(args.size, dtype=args.dtype), args.prompt_length
+    cfg, rows = t5_config.config(args.size, dtype=args.dtype), args.prompt_length
     module, rng = prompted.PromptedT5(cfg, rows), np.random.default_rng(0)
     shapes = tree.flatten(backbone.abstract(cfg)["params"])
     frozen = {

@@ -6,9 +6,8 @@ SETTINGS is a JSON object: `side` (ours, peft; T5X has `t5x_worker.py`, with the
 `tokens` (an .npz of `peers.py`), `device` (cpu or gpu), `architecture` (of a T5 1.1, see
 `peers.py`), `dtype`, `weights` and `remat` (of ours), `batch_size`, `prompt_length`,
 `decode_length`, `batches` (of a case), `decode_batches` (where inputs are decoded by length),
-`cpu_devices` (of ours: what `softprompt --cpu_devices` is),
-`cpu_time` (one thread, and the process's own CPU seconds instead of the clock's). Weights are
-random.
+`cpu_devices` (of ours: what `softprompt --cpu_devices` is), `cpu_time` (one thread, and the
+process's own CPU seconds instead of the clock's). Weights are random.
 """
 
 import contextlib
@@ -87,7 +86,7 @@ class Ours:
             packing,
             partition,
             prompted,
-            t5,
+            t5_config,
             throughput,
             train,
             train_step,
@@ -98,7 +97,7 @@ class Ours:
         self.settings = settings
         made = settings["architecture"]
         cfg = dataclasses.replace(
-            t5.config("t5_1_1_small", dtype=settings["dtype"]), remat=settings["remat"],
+            t5_config.config("t5_1_1_small", dtype=settings["dtype"]), remat=settings["remat"],
             emb_dim=made["width"], num_heads=made["heads"], mlp_dim=made["mlp"],
             num_encoder_layers=made["layers"], num_decoder_layers=made["layers"],
         )  # fmt: skip
@@ -158,7 +157,7 @@ class Ours:
         found = self.examples(task, "validation")
         cuts = self.lengths.cuts(
             list(map(len, found.inputs)), 2 * size, len(self.slots), self.devices,
-            self.lengths.SHARED_COMPILE_COST,
+            self.lengths.MANY_EVALUATIONS,
         )  # fmt: skip
         batches = self.lengths.eval_batches(found, cuts, [self.slots] * len(found), len(self.slots))
         return [batch for _, batch in batches]

@@ -26,7 +26,6 @@ from softprompt import population as populations
 from softprompt import prompt as prompts
 from softprompt.backbone import Backbone
 from softprompt.inputs import Shared
-from softprompt.lengths import COMPILE_COST, SHARED_COMPILE_COST
 from softprompt.prompt import Prompt
 from softprompt.reparameterise import Mlp
 from softprompt.settings import check_settings
@@ -296,8 +295,9 @@ def _tuning(
     if validation_data is not None:
         held_out = shared(_examples, validation_data, "validation", backbone, lengths, labels)[1]
         predictor = shared(
-            _predictor, backbone, prompt_length, labels, lengths, batch_size, SHARED_COMPILE_COST
-        )
+            _predictor, backbone, prompt_length, labels, lengths, batch_size,
+            train.evaluations(train_steps, eval_period),
+        )  # fmt: skip
 
         def run_evaluation(flat: Flat, step: int) -> dict[str, float]:
             return evaluation.evaluate(predictor, flat, [held_out])
@@ -345,12 +345,10 @@ def _rates(learning_rate: float | optax.Schedule, train_steps: int) -> float | l
     return [float(learning_rate(train_steps * i // 8)) for i in range(9)]
 
 
-def _predictor(
-    backbone, prompt_length, labels, lengths, batch_size, shape_cost=COMPILE_COST, **settings
-):
+def _predictor(backbone, prompt_length, labels, lengths, batch_size, evaluations=1, **settings):
     mode = evaluation.RANK if labels else evaluation.GENERATE
     return evaluation.Predictor(
-        backbone, prompt_length, mode, batch_size, lengths["targets"], shape_cost=shape_cost,
+        backbone, prompt_length, mode, batch_size, lengths["targets"], evaluations=evaluations,
         **settings,
     )  # fmt: skip
 
@@ -435,7 +433,8 @@ def generate(
 ) -> list[str]:
     """A text for each text: greedy, by beam search, or sampled (temperature > 0).
 
-    `prompt` is one for all texts, or a list with the prompt of each: they share batches.
+    `prompt` is one for all texts, or a list with the prompt of each: they share batches. What is
+    sampled for a text depends on `seed` and on its place among the texts.
     """
     flat, length, which = _with_prompts(backbone, prompt, len(texts))
     lengths = {**LENGTHS, "targets": max_tokens}

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from softprompt import checkpoint, formats, int8, partition, tree
 from softprompt.logbook import track
 from softprompt.prompted import BANK_AXES, PromptedT5
-from softprompt.t5 import T5Config
+from softprompt.t5_config import T5Config
 from softprompt.vocabulary import AnyVocabulary
 
 WEIGHTS = (None, "int8")
@@ -94,9 +94,9 @@ def layout(
     if weights not in WEIGHTS:
         raise ValueError(f"WEIGHTS is {weights!r}, expected None (as DTYPE) or 'int8'")
     variables = abstract(cfg)
-    found = {}
+    found, stored = {}, tree.flatten(variables["params"])
     for path, place in partition.shardings(variables, mesh).items():
-        shape = tree.flatten(variables["params"])[path].shape
+        shape = stored[path].shape
         narrow = weights == "int8" and int8.kept(path)
         dtype = jnp.int8 if narrow else cfg.dtype
         found[path] = jax.ShapeDtypeStruct(shape, dtype, sharding=place)
@@ -124,7 +124,7 @@ def load(
     tensor (the fingerprint is of them all) and keeps the shards of its own devices. With `weights`
     'int8' kernels, embedding and head are kept as int8 with float32 scales (see `int8`), the rest
     and all activations as `dtype`; a source that holds int8 is taken as it is. `remat` is one of
-    `t5.REMAT`. `path`,
+    `t5_config.REMAT`. `path`,
     `vocabulary_file` and `relative_max_distance`: see `formats.open_stored`.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from softprompt import backbone as backbones
-from softprompt import checkpoint, provenance, published, sweep, t5, tree
+from softprompt import checkpoint, provenance, published, sweep, t5_config, tree
 from softprompt.published import Figure
 
 Key = tuple[str, ...]
@@ -68,7 +68,7 @@ def of_ensembles(folder: pathlib.Path, tasks: Sequence[str]) -> dict[Key, Measur
 
 
 @functools.cache
-def parameters(cfg: t5.T5Config) -> int:
+def parameters(cfg: t5_config.T5Config) -> int:
     """How many parameters a T5 has, counted over its shapes."""
     return tree.count(tree.flatten(backbones.abstract(cfg)["params"]))
 
@@ -77,7 +77,7 @@ def counts() -> dict[Key, Measured]:
     """Trainable and total parameters of T5 1.1 by size and prompt length, as in table 4."""
     found = {}
     for size in published.SIZES:
-        cfg = t5.config(f"t5_1_1_{size}")
+        cfg = t5_config.config(f"t5_1_1_{size}")
         frozen = parameters(cfg)
         for length in published.COUNT_LENGTHS:
             prompt = length * cfg.emb_dim
@@ -86,7 +86,7 @@ def counts() -> dict[Key, Measured]:
     return found
 
 
-def per_task(cfg: t5.T5Config, length: int) -> dict[str, int]:
+def per_task(cfg: t5_config.T5Config, length: int) -> dict[str, int]:
     """Task-specific parameters of each way to adapt a T5, by a prompt or prefix of `length`.
 
     Prefix tuning (Li and Liang 2021) counts as keys and values of `length` positions in every self-
@@ -110,7 +110,7 @@ def methods() -> list[str]:
     """Figure 4 as a Markdown table: parameters per task, and their share of the model's."""
     lines = ["| method | length | " + " | ".join(published.SIZES) + " |"]
     lines.append("| " + " | ".join(["---"] * (len(published.SIZES) + 2)) + " |")
-    cfgs = [t5.config(f"t5_1_1_{size}") for size in published.SIZES]
+    cfgs = [t5_config.config(f"t5_1_1_{size}") for size in published.SIZES]
     totals = [parameters(cfg) for cfg in cfgs]
     for length in (1, 100):
         columns = [per_task(cfg, length) for cfg in cfgs]

@@ -107,7 +107,7 @@ def sample(
     """Random ids `[B, length]`.
 
     Args:
-      keys: `[B]`, of each row: what it gets depends on its key, not on the rows beside it.
+      keys: `[B]`, of each row: what it draws depends on its key, not on the rows beside it.
       temperature: divides the logits; must be positive (`greedy` is the limit 0).
       top_k: keep the k likeliest tokens (0: all).
       top_p: keep the smallest set of tokens whose probability reaches p (Holtzman et al. 2020).

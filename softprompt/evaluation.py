@@ -161,10 +161,10 @@ class Predictor:
       beams: beam search with so many beams; 1 is greedy.
       temperature, top_k, top_p: sampling, when temperature > 0.
       prefix: ids before every target, which are no part of a predicted text.
-      seed: of sampling; what an example gets depends on it and on the example's number alone.
-      shape_cost: see `lengths.cuts`: what compiles is fitted to each call's examples, fewer shapes
-        for one call than for many of the same examples; with None to none of them, for calls
-        without end.
+      seed: of sampling; but for rounding, what an example gets depends on it and on the example's
+        number alone.
+      evaluations: how often the same examples are predicted; None for other ones without end. See
+        `lengths.cuts`: more shapes compile where they are used more often.
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class Predictor:
         top_p: float = 1.0,
         seed: int = 0,
         prefix: Sequence[int] = (),
-        shape_cost: int | None = lengths.COMPILE_COST,
+        evaluations: int | None = 1,
     ):
         if mode not in (GENERATE, RANK):
             raise ValueError(f"EVAL_MODE is {mode!r}, expected {GENERATE!r} or {RANK!r}")
@@ -191,7 +191,7 @@ class Predictor:
         self.backbone = backbone
         self.mode = mode
         self.prefix = tuple(prefix)
-        self.shape_cost = shape_cost
+        self.evaluations = evaluations
         # A batch is split over the mesh's data axis.
         self.batch_size = data.round_up(batch_size, backbone.mesh.shape["data"])
         prompt_lengths = [prompt_length] if isinstance(prompt_length, int) else prompt_length
@@ -232,7 +232,7 @@ class Predictor:
         prompt_length = max(map(len, self.slots))
         cuts = lengths.cuts(
             list(map(len, examples.inputs)), self.batch_size, prompt_length,
-            self.backbone.mesh.shape["data"], self.shape_cost,
+            self.backbone.mesh.shape["data"], self.evaluations,
         )  # fmt: skip
         batches = lengths.eval_batches(examples, cuts, slots, prompt_length)
         for indices, batch in track(batches, f"{examples.name}: predicting", "batches", len(cuts)):
@@ -283,16 +283,18 @@ class Predictor:
         examples: data.Examples,
         labels: Sequence[str] | Sequence[Sequence[str]],
         which: Sequence[int] | None = None,
+        others: Sequence[Sequence[str]] = (),
     ) -> np.ndarray:
         """Log-likelihood `[examples, C]` of each label.
 
         `labels` are those of all examples, or a list with those of each one; C is then the most
-        that one has, and what an example lacks scores -inf.
+        that one has, and what an example lacks scores -inf. `others` are those that examples of
+        other calls have: what compiles has room for them.
         """
         vocabulary = self.backbone.vocabulary
         shared = isinstance(labels[0], str)
         given = [tuple(labels)] if shared else [tuple(own) for own in labels]
-        sets = list(dict.fromkeys(given))
+        sets = list(dict.fromkeys([*given, *map(tuple, others)]))
         of_example = np.array([sets.index(own) for own in given])
         encoded = [encode_labels(own, vocabulary, self.prefix) for own in sets]
         count, length = (max(ids.shape[axis] for ids in encoded) for axis in (0, 1))
@@ -349,7 +351,8 @@ class Predictor:
         ranked, free = np.flatnonzero(ranks), np.flatnonzero(~ranks)
         if len(ranked):
             sets = [labels[k] for k in which[ranked]]
-            scores = self.score(flat, examples.take(ranked), sets, which[ranked])
+            others = [own for own in labels if own is not None]
+            scores = self.score(flat, examples.take(ranked), sets, which[ranked], others)
             for i, own, row in zip(ranked, sets, scores, strict=True):
                 found[i] = own[int(row.argmax())]
         if len(free):

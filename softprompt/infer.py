@@ -137,7 +137,7 @@ def infer(
     decoding = {"beams": beams, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     predictor = evaluation.Predictor(
         backbone, length, batch_size=batch_size, decode_length=lengths["targets"], seed=seed,
-        prefix=banks.target_prefix(read, backbone.vocabulary), shape_cost=None, **decoding,
+        prefix=banks.target_prefix(read, backbone.vocabulary), evaluations=None, **decoding,
     )  # fmt: skip
     identity = {
         "backbone": backbone.fingerprint,
@@ -166,7 +166,7 @@ def infer(
             if message := data.cut_message(examples, lengths):
                 say(message)
             which = named.which[chunk]
-            predictions = predictor.predict_mixed(flat, examples, which, named.labels, done)
+            predictions = predictor.predict_mixed(flat, examples, which, named.labels, first=done)
             for row, predicted in zip(rows[chunk], predictions, strict=True):
                 out.write(json.dumps({**row, "prediction": predicted}, ensure_ascii=False))
                 out.write("\n")

@@ -41,7 +41,6 @@ from softprompt.backbone import Backbone
 from softprompt.formats import Stored, native
 from softprompt.infer import infer
 from softprompt.inputs import Shared
-from softprompt.lengths import SHARED_COMPILE_COST
 from softprompt.logbook import duration, say, size
 from softprompt.predict import baseline, eval
 from softprompt.settings import (
@@ -70,14 +69,14 @@ def _load_backbone(
     weights: str | None,
     remat: str,
 ) -> Backbone:
-    from softprompt import t5
+    from softprompt import t5_config
 
     if path is not None:
         loaded = backbones.load(
             path, dtype, dropout_rate, mesh, vocabulary_file, weights=weights, remat=remat
         )
         if architecture is not None:
-            expected = t5.config(architecture).to_json()
+            expected = t5_config.config(architecture).to_json()
             if loaded.cfg.to_json() != expected:
                 raise ValueError(
                     f"INITIAL_CHECKPOINT_PATH {path!r} holds the architecture "
@@ -87,7 +86,7 @@ def _load_backbone(
     if architecture is None:
         raise ValueError("give INITIAL_CHECKPOINT_PATH, or ARCHITECTURE to start from scratch")
     vocabulary = open_vocabulary(vocabulary_file) if vocabulary_file else None
-    cfg = dataclasses.replace(t5.config(architecture, dropout_rate, dtype), remat=remat)
+    cfg = dataclasses.replace(t5_config.config(architecture, dropout_rate, dtype), remat=remat)
     return backbones.random(cfg, seed, vocabulary, mesh, architecture, weights)
 
 
@@ -259,7 +258,7 @@ def train(
     predictor = shared(
         evaluation.Predictor,
         backbone, prompt_length, eval_mode, eval_batch_size, task_feature_lengths["targets"],
-        1, 0.0, 0, 1.0, 0, prefix, SHARED_COMPILE_COST,
+        1, 0.0, 0, 1.0, 0, prefix, training.evaluations(train_steps, eval_period),
     )  # fmt: skip
     save_backbone = functools.partial(
         _save_backbone, backbone, backbone_name, backbone_dtype,

@@ -14,12 +14,12 @@ WINDOW = 32
 # Of an evaluation: the most shapes, and of what their lengths are multiples.
 EVAL_SHAPES = 12
 EVAL_MULTIPLE = 4
-# In encoder positions: what a batch costs, for decoding reads all weights token by token, however
-# few the rows; what compiling a shape costs (T5 1.1 small 5,000 to 7,000 on two cores, the embedded
-# backbone 18,000 to 33,000); and what of it an evaluation bears that is one of many.
+# In encoder positions, on a CPU (docs/performance.md): what a batch costs, for decoding reads all
+# weights token by token, however few the rows, and what compiling a shape costs.
 BATCH_COST = 512
 COMPILE_COST = 8192
-SHARED_COMPILE_COST = 512
+# Of an evaluation that is timed, or that comes again and again.
+MANY_EVALUATIONS = 16
 # Three lengths per doubling from 32 on: a quarter of a row is padding at most.
 FIXED_LENGTHS = (
     16, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512,
@@ -85,27 +85,27 @@ def cuts(
     batch_size: int,
     prompt_length: int,
     multiple: int = 1,
-    shape_cost: int | None = COMPILE_COST,
+    evaluations: int | None = 1,
 ) -> list[Cut]:
     """Batches of every example once, shortest inputs first, of at most `EVAL_SHAPES` shapes.
 
     Each shape takes a run of the sorted examples, in batches of the same number of rows: what all
-    cost together, padding, `BATCH_COST` and `shape_cost` included, is the least there is.
+    cost together, padding, `BATCH_COST` and the share in compiling included, is the least there is.
 
     Args:
       lengths: of the inputs.
       batch_size: the most rows of a batch.
       prompt_length: positions before every input.
       multiple: of which every number of rows is one, `batch_size` too.
-      shape_cost: of each shape, in encoder positions: `COMPILE_COST` or `SHARED_COMPILE_COST`.
-        None gives batches of `batch_size` rows, their lengths among `FIXED_LENGTHS`: shapes that
-        the next examples share.
+      evaluations: of the same examples; each bears its share of `COMPILE_COST`. None: of other
+        examples without end, which have shapes in common: `batch_size` rows, and lengths among
+        `FIXED_LENGTHS`.
     """
     lengths = np.asarray(lengths)
     order = np.argsort(lengths, kind="stable")
     if not len(order):
         return []
-    if shape_cost is None:
+    if evaluations is None:
         found = []
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
@@ -120,7 +120,7 @@ def cuts(
 
     def price(n, length):
         batches, rows = shape(n)
-        return batches * (rows * (prompt_length + length) + BATCH_COST) + shape_cost
+        return batches * (rows * (prompt_length + length) + BATCH_COST) + COMPILE_COST / evaluations
 
     values, weights = np.unique(data.round_up(lengths, EVAL_MULTIPLE), return_counts=True)
     found, begun = [], 0

@@ -15,7 +15,17 @@ import numpy as np
 import optax
 
 from softprompt import backbone as backbones
-from softprompt import data, formats, packing, partition, prompted, t5, train, train_step, tree
+from softprompt import (
+    data,
+    formats,
+    packing,
+    partition,
+    prompted,
+    t5_config,
+    train,
+    train_step,
+    tree,
+)
 from softprompt.prompted import PromptedT5
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -42,7 +52,7 @@ class Run:
       trainable, frozen: patterns of paths.
     """
 
-    cfg: t5.T5Config
+    cfg: t5_config.T5Config
     weights: str | None
     mesh: jax.sharding.Mesh
     optimizer: optax.GradientTransformation
@@ -182,7 +192,7 @@ def suggest(
     for weights in dict.fromkeys((run.weights, "int8")):
         if weights == "int8" != run.weights and not _prompt_alone(run):
             continue
-        for remat in t5.REMAT[t5.REMAT.index(run.cfg.remat) :]:
+        for remat in t5_config.REMAT[t5_config.REMAT.index(run.cfg.remat) :]:
             fitting = _fewest_parts(run.but(weights=weights, remat=remat), limit, measure)
             found += [fitting] if fitting else []
             if fitting and fitting[0].microbatches == run.microbatches:
@@ -243,7 +253,7 @@ def of_settings(settings: Mapping[str, Any], mesh: jax.sharding.Mesh, labels: in
     """
     name, path = settings.get("architecture"), settings.get("initial_checkpoint_path")
     if name is not None:
-        cfg = t5.config(name)
+        cfg = t5_config.config(name)
     elif path is not None:
         cfg = formats.open_stored(path, settings.get("vocabulary_file")).cfg
     else:

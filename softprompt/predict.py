@@ -19,6 +19,7 @@ from softprompt import (
     checkpoint,
     data,
     evaluation,
+    lengths,
     partition,
     provenance,
     report,
@@ -107,6 +108,7 @@ def eval(
     predictor = evaluation.Predictor(
         backbone, length, eval_mode, batch_size, task_feature_lengths["targets"], beams,
         prefix=banks.target_prefix(read, vocabulary),
+        evaluations=lengths.MANY_EVALUATIONS if measure_cost else 1,
     )  # fmt: skip
     if together:
         for task in tasks:
@@ -149,6 +151,7 @@ def _ensemble(
             predictor.batch_size,
             predictor.decode_length,
             prefix=predictor.prefix,
+            evaluations=predictor.evaluations,
         )  # fmt: skip
         for n in {n for _, n in alone}
     }

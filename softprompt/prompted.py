@@ -18,7 +18,8 @@ import numpy as np
 from flax import linen as nn
 from flax.linen import partitioning
 
-from softprompt.t5 import T5, Before, T5Config
+from softprompt.t5 import T5, Before
+from softprompt.t5_config import T5Config
 
 Array = jax.Array
 # Logical axes of a bank: see `partition`.

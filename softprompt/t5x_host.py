@@ -20,7 +20,18 @@ from flax import serialization, traverse_util
 from t5x import metrics as t5x_metrics
 from t5x import models, optimizers
 
-from softprompt import data, decode, evaluation, formats, losses, optim, prompt, prompted, t5, tree
+from softprompt import (
+    data,
+    decode,
+    evaluation,
+    formats,
+    losses,
+    optim,
+    prompt,
+    prompted,
+    t5_config,
+    tree,
+)
 from softprompt.tasks import features, sources
 from softprompt.train import PROMPT
 from softprompt.vocabulary import open_vocabulary
@@ -99,7 +110,7 @@ class PromptedModel(models.BaseTransformerModel):
     `prompt_file` or `prompt_init`; see `restore_prompt`.
 
     Args:
-      architecture: a key of `t5.SIZES`; None takes that of the checkpoint.
+      architecture: a key of `t5_config.SIZES`; None takes that of the checkpoint.
       checkpoint_path: the T5X checkpoint whose embedding the initialisers see.
       vocabulary_file: a SentencePiece model, 'bytes' or 'embedded'; T5X's checkpoints hold none.
       mixture_or_task_name: whose labels `prompt_init` may use.
@@ -148,9 +159,11 @@ class PromptedModel(models.BaseTransformerModel):
         self._stored = functools.lru_cache(1)(lambda: formats.open_stored(checkpoint_path))
         if architecture is None:
             sizes = self._stored().cfg.to_json()
-            cfg = t5.T5Config.from_json(sizes, dropout_rate=dropout_rate, dtype=jnp.dtype(dtype))
+            cfg = t5_config.T5Config.from_json(
+                sizes, dropout_rate=dropout_rate, dtype=jnp.dtype(dtype)
+            )
         else:
-            cfg = t5.config(architecture, dropout_rate, dtype)
+            cfg = t5_config.config(architecture, dropout_rate, dtype)
         self._given = None
         if prompt_file is not None:
             self._given, _ = prompt.load(prompt_file)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from softprompt.t5 import T5Config
+from softprompt.t5_config import T5Config
 
 
 def forward_flops(cfg: T5Config, encoder: np.ndarray, decoder: np.ndarray) -> float:
@@ -18,7 +18,8 @@ def forward_flops(cfg: T5Config, encoder: np.ndarray, decoder: np.ndarray) -> fl
       encoder, decoder: numbers of tokens of each row (prompt slots are tokens, padding is none).
 
     Matrix products alone: projections, attention scores and sums, MLP and the output head.
-    Cross-attention is counted as it is done, without keys and values where that is less (`t5.few`).
+    Cross-attention is counted as it is done, without keys and values where that is less
+    (`t5_layers.few`).
     """
     encoder, decoder = (np.asarray(x, np.float64) for x in (encoder, decoder))
     inner = cfg.num_heads * cfg.head_dim

@@ -310,6 +310,11 @@ def _beside(
     return found
 
 
+def evaluations(train_steps: int, eval_period: int) -> int:
+    """How often `fit` evaluates: every `eval_period` steps (0: never) and after the last."""
+    return -(-train_steps // eval_period) if eval_period else 1
+
+
 def check_resumable(model_dir: Any, identity: Mapping[str, Any], train_steps: int) -> None:
     """Raises where MODEL_DIR holds another run, or this one at a step that it is not to reach.
 

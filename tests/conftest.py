@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from softprompt import backbone as backbones
-from softprompt import partition, t5
+from softprompt import partition, t5_config
 from softprompt.formats import Stored, native
 from softprompt.vocabulary import Vocabulary
 
@@ -20,7 +20,7 @@ golden = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(golden)
 
 # A small T5 1.1 whose sizes all differ, so that no axis can be taken for another.
-TINY = t5.T5Config(**{**golden.SIZES, "vocab_size": 8192})
+TINY = t5_config.T5Config(**{**golden.SIZES, "vocab_size": 8192})
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import pytest
 from conftest import TINY
 
 from softprompt import backbone as backbones
-from softprompt import decode, evaluation, losses, partition, t5, tree
+from softprompt import decode, evaluation, losses, partition, t5_layers, tree
 from softprompt.prompted import PromptedT5
 from softprompt.vocabulary import EOS_ID
 
@@ -60,7 +60,7 @@ def test_cached_greedy_equals_uncached(model):
 @pytest.mark.parametrize("length", [LENGTH, 16])
 def test_greedy_encodes_once_and_projects_cross_attention_once(model, length):
     module, params, ids = model
-    assert t5.few(module.cfg, length) == (length == LENGTH)
+    assert t5_layers.few(module.cfg, length) == (length == LENGTH)
     jaxpr = jax.make_jaxpr(functools.partial(decode.greedy, module, length=length))(params, ids)
     (loop,) = [e for e in equations(jaxpr.jaxpr) if e.primitive.name == "while"]
     inside, everywhere = products(loop.params["body_jaxpr"].jaxpr), products(jaxpr.jaxpr)
@@ -95,7 +95,7 @@ def test_room_for_more_tokens_changes_none(model):
 @pytest.mark.parametrize("few", [True, False])
 def test_a_wide_beam_finds_the_best_of_all_sequences(model, few, monkeypatch):
     """Without and with the cross-attention's keys and values."""
-    monkeypatch.setattr(t5, "few", lambda cfg, queries: few)
+    monkeypatch.setattr(t5_layers, "few", lambda cfg, queries: few)
     module, params, ids = model
     length, alpha = 3, 0.6
     search = jax.jit(functools.partial(decode.beam, module, length=length, beams=144, alpha=alpha))

@@ -48,7 +48,7 @@ def test_a_mixed_batch_gives_the_texts_and_scores_of_separate_ones(tiny):
 
 
 def test_a_sampled_text_depends_on_the_seed_and_its_number_alone(tiny):
-    """Not on the batch that it is in, which follows the batch size and the number of devices."""
+    """Not on the batch that it is in; on several devices see `test_partition`."""
     [array] = prompts_of(tiny, (3,))
 
     def sampled(**settings):

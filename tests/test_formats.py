@@ -17,7 +17,7 @@ import pytest
 from conftest import GOLDENS, TINY, folder_of
 from safetensors import numpy as safetensors_numpy
 
-from softprompt import analysis, checkpoint, convert, decode, formats, prompt, t5, tree
+from softprompt import analysis, checkpoint, convert, decode, formats, prompt, t5_config, tree
 from softprompt import backbone as backbones
 from softprompt.formats import Stored, hf, native, prompts, t5x
 from softprompt.prompted import PromptedT5, slots
@@ -535,7 +535,9 @@ print(before, peak(), sum(x.nbytes for x in loaded.params.values()))
 @pytest.mark.parametrize("kind", convert.BACKBONES)
 def test_loading_holds_each_tensor_once(kind, tmp_path):
     """0.2 GB here; `benchmarks/loading.py` measures T5 1.1 large."""
-    cfg = dataclasses.replace(t5.config("t5_1_1_small"), num_encoder_layers=4, num_decoder_layers=2)
+    cfg = dataclasses.replace(
+        t5_config.config("t5_1_1_small"), num_encoder_layers=4, num_decoder_layers=2
+    )
     shapes = {k: x.shape for k, x in tree.flatten(backbones.abstract(cfg)["params"]).items()}
     params = {k: np.full(s, 0.5, np.float32) for k, s in shapes.items()}
     convert.BACKBONES[kind](tmp_path / "a", Stored.of("small", cfg, params))

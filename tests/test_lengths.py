@@ -74,19 +74,16 @@ def test_no_example_meets_itself_in_a_small_data_set():
         assert len(set(batch["encoder_ids"][:, 5])) == 4
 
 
-ONCE, OFTEN = lengths.COMPILE_COST, lengths.SHARED_COMPILE_COST
-
-
-def cost(cuts, prompt_length, shape_cost):
+def cost(cuts, prompt_length, evaluations):
     shapes = {(cut.rows, cut.length) for cut in cuts}
     padded = sum(cut.rows * (prompt_length + cut.length) + lengths.BATCH_COST for cut in cuts)
-    return padded + len(shapes) * shape_cost
+    return padded + len(shapes) * lengths.COMPILE_COST / evaluations
 
 
-@pytest.mark.parametrize("shape_cost", (ONCE, OFTEN, None))
-def test_an_evaluation_has_every_example_once_in_few_shapes(shape_cost):
+@pytest.mark.parametrize("evaluations", (1, 16, None))
+def test_an_evaluation_has_every_example_once_in_few_shapes(evaluations):
     found = np.random.default_rng(2).integers(1, 700, 1001)
-    cuts = lengths.cuts(found, 32, 100, 4, shape_cost)
+    cuts = lengths.cuts(found, 32, 100, 4, evaluations)
     assert sorted(np.concatenate([cut.indices for cut in cuts])) == list(range(1001))
     shortest = [found[cut.indices].min() for cut in cuts]
     assert shortest == sorted(shortest)
@@ -95,27 +92,25 @@ def test_an_evaluation_has_every_example_once_in_few_shapes(shape_cost):
         assert found[cut.indices].max() <= cut.length
     shapes = {(cut.rows, cut.length) for cut in cuts}
     fixed = lengths.cuts(found, 32, 100, 4, None)
-    if shape_cost is None:
+    if evaluations is None:
         assert shapes <= {(32, n) for n in lengths.FIXED_LENGTHS}
     else:
         assert 1 < len(shapes) <= lengths.EVAL_SHAPES
-        assert cost(cuts, 100, shape_cost) < 0.95 * cost(fixed, 100, shape_cost)
-    assert lengths.cuts([], 32, 100, 4, shape_cost) == []
+        assert cost(cuts, 100, evaluations) < 0.95 * cost(fixed, 100, evaluations)
+    assert lengths.cuts([], 32, 100, 4, evaluations) == []
 
 
 def test_what_is_evaluated_once_compiles_fewer_shapes():
     found = np.random.default_rng(2).integers(1, 700, 1001)
-    once, often = (
-        {cut.length for cut in lengths.cuts(found, 32, 100, 1, c)} for c in (ONCE, OFTEN)
-    )
+    once, often = ({cut.length for cut in lengths.cuts(found, 32, 100, 1, n)} for n in (1, 16))
     assert len(once) < len(often)
     # A few texts: one shape, no larger than they are.
     [cut] = lengths.cuts([3, 90, 12], 32, 100)
     assert cut.rows == 3 and cut.length == 92
 
 
-@pytest.mark.parametrize("shape_cost", (0, 100, OFTEN))
-def test_no_other_shapes_of_an_evaluation_cost_less(shape_cost):
+@pytest.mark.parametrize("evaluations", (16, 80, 10**6))
+def test_no_other_shapes_of_an_evaluation_cost_less(evaluations):
     """Against every way to cut the sorted lengths into runs."""
     found = np.sort(np.random.default_rng(3).integers(1, 9, 60) ** 3)
     least = np.inf
@@ -130,9 +125,9 @@ def test_no_other_shapes_of_an_evaluation_cost_less(shape_cost):
                 length = data.round_up(int(found[end - 1]), lengths.EVAL_MULTIPLE)
                 cuts += [lengths.Cut(np.zeros(0), rows, length)] * batches
                 begun = end
-            least = min(least, cost(cuts, 20, shape_cost))
-    cuts = lengths.cuts(found, 8, 20, 2, shape_cost)
-    assert cost(cuts, 20, shape_cost) == least
+            least = min(least, cost(cuts, 20, evaluations))
+    cuts = lengths.cuts(found, 8, 20, 2, evaluations)
+    assert cost(cuts, 20, evaluations) == least
     assert len({cut.length for cut in cuts}) > 1
 
 

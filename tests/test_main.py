@@ -129,10 +129,10 @@ def test_predictions_go_on_where_they_stopped_but_not_with_other_settings(
     assert main([*infer, f"--gin.OUTPUT_FILE={out}"]) == 0
     whole, predict = out.read_bytes(), evaluation.Predictor.predict_mixed
 
-    def stop_at_the_third(self, flat, examples, which, labels):
+    def stop_at_the_third(self, flat, examples, which, labels, first):
         if len(list(tmp_path.glob("*.partial"))[0].read_bytes()):
             raise KeyboardInterrupt
-        return predict(self, flat, examples, which, labels)
+        return predict(self, flat, examples, which, labels, first)
 
     monkeypatch.setattr("softprompt.infer.CHUNK", 2)
     monkeypatch.setattr(evaluation.Predictor, "predict_mixed", stop_at_the_third)

@@ -1,6 +1,8 @@
-"""The wheel carries everything, and works outside the repository."""
+"""The wheel carries everything and works outside the repository; layers are those of the design."""
 
+import ast
 import pathlib
+import re
 import subprocess
 import sys
 import zipfile
@@ -8,6 +10,25 @@ import zipfile
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
+
+
+def test_a_module_imports_none_of_a_higher_layer():
+    """By the table of docs/design.md, which names every module; functions may import later."""
+    layers = re.findall(
+        r"^\| (?:commands|runs|parts|ground) \| (.*) \|$",
+        (ROOT / "docs/design.md").read_text(),
+        re.M,
+    )
+    height = {name: -i for i, row in enumerate(layers) for name in re.findall(r"`(\w+)/?`", row)}
+    files = {path.stem: path for path in (ROOT / "softprompt").glob("*.py")}
+    assert len(layers) == 4 and set(files) - {"__init__"} == set(height) - {"formats"}
+    upward = []
+    for name in height.keys() & files.keys():
+        for node in ast.parse(files[name].read_text()).body:
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "softprompt":
+                inner = node.module.split(".")[1:2] or [alias.name for alias in node.names]
+                upward += [(name, x) for x in inner if height.get(x, -9) > height[name]]
+    assert upward == []
 
 
 @pytest.mark.slow

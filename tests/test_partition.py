@@ -52,9 +52,11 @@ for shape in ((1, 1), (8, 1), (4, 2), (2, 4)):
     examples = data.from_pairs(pairs, words, {"inputs": 16, "targets": 8})
     scores = evaluation.Predictor(backbone, 5, "rank", 8).score(flat, examples, ["odd", "even"])
     texts = evaluation.Predictor(backbone, 5, "generate", 8, 4).generate(flat, examples)
+    sampler = evaluation.Predictor(backbone, 5, "generate", 8, 4, temperature=1.0)
+    texts += sampler.generate(flat, examples)
     found["x".join(map(str, shape))] = result.trained[train.PROMPT]
     found["scores" + "x".join(map(str, shape))] = scores
-    print(tree.fingerprint(backbone.params), texts[:3])
+    print(tree.fingerprint(backbone.params), texts)
 np.savez(sys.argv[2], **found)
 """
 

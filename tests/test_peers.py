@@ -159,6 +159,37 @@ def test_an_absent_peer_is_told_with_what_does_not_import(peers):
             peers.versions(python, modules)
 
 
+def test_more_batches_are_timed_where_inputs_are_decoded_by_length(peers):
+    import worker
+
+    class Side:
+        def batches(self, *key):
+            return [{"ids": np.zeros((1, n))} for n in range(1, 9)]
+
+        def width(self, batch):
+            return batch["ids"].shape[1]
+
+        def run(self, *_):
+            pass
+
+        def counts(self, case, batch):
+            return {"examples": 1, "width": self.width(batch)}
+
+    settings, count = {"cpu_time": False, "batches": 2, "decode_batches": 4}, {}
+    for case, layout in (("train", "buckets"), ("decode", "512"), ("decode", "sorted")):
+        call = {"call": "prepare", "case": case, "task": "rte", "layout": layout}
+        count[case, layout] = worker.answer(Side(), settings, {}, call)["examples"]
+    assert list(count.values()) == [2, 2, 4]
+
+
+def test_bfloat16_is_not_left_out_on_a_gpu(peers, monkeypatch, capsys):
+    flags = ["--data_dir=x", "--vocabulary_file=x", "--device=gpu", "--no_bfloat16"]
+    monkeypatch.setattr(sys, "argv", ["peers.py", *flags])
+    with pytest.raises(SystemExit):
+        peers.main()
+    assert "--no_bfloat16 is for a CPU" in capsys.readouterr().err
+
+
 def test_peers_batches_are_cut_and_filled(peers, tmp_path):
     import worker
 

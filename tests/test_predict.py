@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import softprompt
-from softprompt import banks, checkpoint, infer, lengths
+from softprompt import banks, checkpoint, decode, infer, lengths
 from softprompt.__main__ import main
 
 MODEL = "--gin_file=models/t5_1_1_embedded.gin"
@@ -66,8 +66,13 @@ def test_what_infer_reads_at_once_changes_neither_shapes_nor_samples(
     tmp_path, files, capsys, monkeypatch
 ):
     """Its shapes are bounded however many rows there are, and a row's sample is its own."""
-    names = {name: str(files / f"{name}.safetensors") for name in "abc"}
+    labels = {"a": ["good", "bad"], "b": ["one", "two", "a long third"], "c": None}
+    names = {
+        name: {"file": str(files / f"{name}.safetensors"), "labels": own}
+        for name, own in labels.items()
+    }
     path, shapes, batches = tmp_path / "rows.jsonl", set(), lengths.eval_batches
+    ranked, score = set(), decode.score_labels
     with open(path, "w") as file:
         for i in range(9):
             row = {"prompt": "aabbccabc"[i], "text": "words " * (1 + 3 * i)}
@@ -78,7 +83,12 @@ def test_what_infer_reads_at_once_changes_neither_shapes_nor_samples(
             shapes.add(batch["encoder_ids"].shape)
             yield indices, batch
 
+    def compiled(module, params, ids, label_ids):
+        ranked.add((ids.shape, label_ids.shape))
+        return score(module, params, ids, label_ids)
+
     monkeypatch.setattr(lengths, "eval_batches", seen)
+    monkeypatch.setattr(decode, "score_labels", compiled)
     found = []
     for chunk in (512, 2):
         monkeypatch.setattr(infer, "CHUNK", chunk)
@@ -92,6 +102,8 @@ def test_what_infer_reads_at_once_changes_neither_shapes_nor_samples(
     assert found[0] == found[1]
     # Six positions for the longest prompt, whichever ones a chunk names.
     assert shapes <= {(4, 6 + n) for n in lengths.FIXED_LENGTHS} and len(shapes) > 1
+    # And for the most and the longest labels.
+    assert len({of_labels for _, of_labels in ranked}) == 1
 
 
 def test_eval_takes_many_prompts_and_reads_each_once(tmp_path, files, capsys, monkeypatch):

@@ -185,10 +185,10 @@ def test_our_counts_are_those_of_table_4_but_for_its_misprints():
 
 
 def test_the_ways_to_adapt_take_what_the_paper_says():
-    from softprompt import t5
+    from softprompt import t5_config
 
     for size in ("large", "xl", "xxl"):
-        found = compare.per_task(t5.config(f"t5_1_1_{size}"), 100)
+        found = compare.per_task(t5_config.config(f"t5_1_1_{size}"), 100)
         share = {name: count / found["model tuning"] for name, count in found.items()}
         assert 0.001 < share["prefix tuning"] < 0.02
         assert share["prompt tuning"] < (0.0001 if size != "large" else 0.0002)

@@ -9,14 +9,14 @@ import pytest
 from conftest import GOLDENS, TINY, golden
 
 from softprompt import backbone as backbones
-from softprompt import losses, partition, t5, tree
+from softprompt import losses, partition, t5, t5_config, t5_layers, tree
 from softprompt.prompted import PromptedT5
 
 
 @pytest.mark.parametrize("prompted", [False, True])
 @pytest.mark.parametrize("family", golden.FAMILIES)
 def test_logits_equal_those_of_hugging_face(family, prompted):
-    cfg = t5.T5Config(**golden.SIZES, **golden.FAMILIES[family])
+    cfg = t5_config.T5Config(**golden.SIZES, **golden.FAMILIES[family])
     given = golden.inputs()
     rows = len(given["prompt"]) if prompted else 0
     shapes = tree.flatten(backbones.abstract(cfg)["params"])
@@ -64,7 +64,7 @@ def test_paths_and_axes_are_those_of_t5x():
      ("t5_1_1_xxl", 11135)],
 )  # fmt: skip
 def test_sizes_have_the_published_number_of_parameters(size, millions):
-    count = tree.count(tree.flatten(backbones.abstract(t5.config(size))["params"]))
+    count = tree.count(tree.flatten(backbones.abstract(t5_config.config(size))["params"]))
     assert round(count / 1e6) == millions
 
 
@@ -125,8 +125,8 @@ def test_slots_read_the_bank_wherever_they_stand(tiny):
 
 
 def test_a_layer_is_traced_once_for_all_layers_of_a_stack(tiny, monkeypatch):
-    seen, activated = [], t5._activated
-    monkeypatch.setattr(t5, "_activated", lambda *a: (seen.append(a), activated(*a))[1])
+    seen, activated = [], t5_layers._activated
+    monkeypatch.setattr(t5_layers, "_activated", lambda *a: (seen.append(a), activated(*a))[1])
     cfg, params = tiny.cfg, tree.unflatten(tiny.params)
     ids = jax.ShapeDtypeStruct((2, 7), jnp.int32)
     jax.eval_shape(lambda x: PromptedT5(cfg).apply({"params": params}, x, x), ids)
@@ -155,7 +155,7 @@ def test_layers_of_the_same_weights_draw_dropout_of_their_own():
 
 @pytest.mark.parametrize("direct", [False, True])
 def test_attention_and_its_gradient_are_those_of_a_softmax_over_weights(direct):
-    layer = t5.Attention(TINY)
+    layer = t5_layers.Attention(TINY)
     x, source, cotangent = (
         jax.random.normal(jax.random.key(i), (2, n, TINY.emb_dim)) for i, n in enumerate((4, 6, 4))
     )
@@ -166,7 +166,7 @@ def test_attention_and_its_gradient_are_those_of_a_softmax_over_weights(direct):
         jax.random.key(5), x, source, bias, method=lambda m, x, s, b: m(x, m.keys_values(s), b)
     )
     cfg = dataclasses.replace(TINY, dropout_rate=0.3)
-    layer, way = t5.Attention(cfg), "direct" if direct else "keys_values"
+    layer, way = t5_layers.Attention(cfg), "direct" if direct else "keys_values"
 
     def ours(x, source, bias):
         run = lambda m: m(x, getattr(m, way)(source), bias, kept)  # noqa: E731
@@ -192,7 +192,7 @@ def test_attention_and_its_gradient_are_those_of_a_softmax_over_weights(direct):
 def test_dropout_keeps_its_share_one_mask_for_all_positions():
     cfg = dataclasses.replace(TINY, dropout_rate=0.25)
     rows, length, encoded = 64, 5, 7
-    ends, *layers = t5.draw_kept(jax.random.key(0), cfg, 3, rows, length, encoded)
+    ends, *layers = t5_layers.draw_kept(jax.random.key(0), cfg, 3, rows, length, encoded)
     assert len(layers) == 3
     per_head = (rows, cfg.num_heads, 1)
     per_place = (rows, 1, cfg.emb_dim)
@@ -209,17 +209,19 @@ def test_dropout_keeps_its_share_one_mask_for_all_positions():
             assert abs(float(x.mean()) - 0.75) < 5 * np.sqrt(0.25 * 0.75 / x.size)
     flat = np.stack([np.concatenate([np.ravel(x) for x in found]) for found in (ends, *layers)])
     assert np.abs(np.corrcoef(flat) - np.eye(4)).max() < 0.03, "every layer draws its own"
-    alone = t5.draw_kept(jax.random.key(0), cfg, 3, rows, length)
+    alone = t5_layers.draw_kept(jax.random.key(0), cfg, 3, rows, length)
     assert all(x.cross_weights is None and x.cross_attended is None for x in alone)
-    assert t5.draw_kept(None, cfg, 2, rows, length) == [t5.Kept()] * 3
+    assert t5_layers.draw_kept(None, cfg, 2, rows, length) == [t5_layers.Kept()] * 3
 
 
 def test_what_is_dropped_is_zero_and_the_rest_makes_up_for_it():
     x = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
     kept = np.array([[[True, False, True, True]], [[False, True, True, False]]])
-    found = t5.drop(jnp.asarray(x), jnp.asarray(kept), 0.2)
+    found = t5_layers.drop(jnp.asarray(x), jnp.asarray(kept), 0.2)
     np.testing.assert_allclose(found, np.where(kept, x / 0.8, 0), rtol=1e-6)
-    assert t5.drop(jnp.asarray(x, jnp.bfloat16), jnp.asarray(kept), 0.2).dtype == jnp.bfloat16
+    assert (
+        t5_layers.drop(jnp.asarray(x, jnp.bfloat16), jnp.asarray(kept), 0.2).dtype == jnp.bfloat16
+    )
 
 
 PLACES = ("weights", "attended", "cross_weights", "cross_attended", "hidden", "out")
@@ -230,13 +232,13 @@ PLACES = ("weights", "attended", "cross_weights", "cross_attended", "hidden", "o
 )
 def test_what_a_layer_drops_whole_is_as_if_that_part_were_not_there(decoder, place):
     cfg = dataclasses.replace(TINY, dropout_rate=0.25)
-    layer = t5.DecoderLayer(cfg) if decoder else t5.EncoderLayer(cfg)
+    layer = t5_layers.DecoderLayer(cfg) if decoder else t5_layers.EncoderLayer(cfg)
     x, encoded = (jax.random.normal(jax.random.key(i), (2, 5, cfg.emb_dim)) for i in range(2))
     bias = jnp.zeros((1, 1, 5, 5))
     inputs = (x, encoded, bias, bias) if decoder else (x, bias)
-    params = layer.init(jax.random.key(2), *inputs, t5.Kept(), method="whole")
+    params = layer.init(jax.random.key(2), *inputs, t5_layers.Kept(), method="whole")
     nothing = jnp.zeros((2, 1, 1, 1) if place.endswith("weights") else (2, 1, 1), bool)
-    found = layer.apply(params, *inputs, t5.Kept(**{place: nothing}), method="whole")
+    found = layer.apply(params, *inputs, t5_layers.Kept(**{place: nothing}), method="whole")
     lacks = {"weights": "self", "attended": "self", "hidden": "mlp", "out": "mlp"}
     lacks = lacks.get(place, "cross")
 
@@ -263,7 +265,9 @@ def test_a_stack_drops_its_input_and_its_output(monkeypatch):
     nothing = jnp.zeros((2, 1, 1), bool)
 
     def run(x, deterministic, **ends):
-        monkeypatch.setattr(t5, "draw_kept", lambda *_: [t5.Kept(**ends)] + [t5.Kept()] * layers)
+        monkeypatch.setattr(
+            t5, "draw_kept", lambda *_: [t5_layers.Kept(**ends)] + [t5_layers.Kept()] * layers
+        )
         rngs = {"dropout": jax.random.key(2)}
         return encoder.apply(params, x, mask, deterministic, rngs=rngs)
 
@@ -294,7 +298,7 @@ def test_few_queries_find_without_keys_and_values_what_many_find_with_them(weigh
     found = []
     # What follows a position changes nothing there, but more positions are no longer few.
     for length in (3, 40):
-        assert t5.few(TINY, length) == (length == 3)
+        assert t5_layers.few(TINY, length) == (length == 3)
         padded = jnp.pad(out, ((0, 0), (0, length - 3)))
         found.append((logits(bank, padded)[:, :3], grad(bank, padded)))
     for few, many in zip(*found, strict=True):

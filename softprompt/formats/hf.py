@@ -16,7 +16,7 @@ from safetensors import numpy as safetensors_numpy
 
 from softprompt import checkpoint
 from softprompt.formats.stored import Stored
-from softprompt.t5 import T5Config
+from softprompt.t5_config import T5Config
 from softprompt.vocabulary import (
     AnyVocabulary,
     ByteVocabulary,

@@ -14,7 +14,7 @@ import safetensors
 
 from softprompt import checkpoint, int8, tree
 from softprompt.formats.stored import Stored
-from softprompt.t5 import T5Config
+from softprompt.t5_config import T5Config
 from softprompt.vocabulary import AnyVocabulary, ByteVocabulary, Vocabulary, open_vocabulary
 
 EMBEDDED = pathlib.Path(__file__).parent.parent / "embedded" / "backbone"

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from softprompt import hosts
-from softprompt.t5 import T5Config
+from softprompt.t5_config import T5Config
 from softprompt.vocabulary import AnyVocabulary
 
 

@@ -19,7 +19,7 @@ from flax import serialization, traverse_util
 
 from softprompt import checkpoint
 from softprompt.formats.stored import Stored
-from softprompt.t5 import T5Config
+from softprompt.t5_config import T5Config
 from softprompt.vocabulary import open_vocabulary
 
 INDEX = "checkpoint"
