@@ -1,10 +1,12 @@
 """The dry run's figure against the memory that a step really takes (Linux, CPU).
 
-    python benchmarks/memory.py [--size t5_1_1_small] [--batch 4 8] [--dtype bfloat16]
+    python benchmarks/memory.py [--size t5_1_1_small] [--batch 4 8] [--dtype bfloat16] [--keep]
 
 For each batch size a process of its own compiles the train step, makes random weights, takes two
-steps, and reads from the kernel by how much its resident memory rose at most (VmHWM, reset once the
-step is compiled, so that the compiler's own memory does not count).
+steps, and reads from the kernel by how much these raised its resident memory at most (VmHWM, reset
+before them, so that what compiling and drawing took does not count); the step's arguments are
+added, which lie in memory by then. With `--keep` the process keeps what it frees, as
+`softprompt train` does.
 
     python benchmarks/memory.py --table --batch 8
 
@@ -23,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from softprompt import memory, optim, partition, t5_config
+from softprompt import heap, memory, optim, partition, t5_config
 
 PROMPT, INPUTS, TARGETS = 100, 512, 16
 
@@ -45,15 +47,14 @@ def status(name: str) -> int:
     return 1024 * int(re.search(rf"{name}:\s+(\d+)", text)[1])
 
 
-def measure(run: memory.Run) -> int:
+def measure(run: memory.Run, keep: bool) -> int:
     """Bytes by which two steps raise this process's peak of resident memory."""
     import ctypes
 
+    if keep:
+        heap.keep()
     lowered, state, fixed, batch = memory.lower(run)
     step = lowered.compile()
-    ctypes.CDLL(None).malloc_trim(0)
-    pathlib.Path("/proc/self/clear_refs").write_text("5")
-    before = status("VmRSS")
     rng = np.random.default_rng(0)
 
     def draw(shape: jax.ShapeDtypeStruct) -> jax.Array:
@@ -63,10 +64,14 @@ def measure(run: memory.Run) -> int:
         return jax.device_put(values.astype(shape.dtype), shape.sharding)
 
     state, fixed, batch = jax.tree.map(draw, (state, fixed, batch))
+    arguments = sum(x.nbytes for x in jax.tree.leaves((state, fixed, batch)))
+    ctypes.CDLL(None).malloc_trim(0)
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
     for _ in range(2):
         state = step(state, fixed, batch)
     jax.block_until_ready(state)
-    return status("VmHWM") - before
+    return status("VmHWM") - before + arguments
 
 
 def table(args: argparse.Namespace) -> None:
@@ -91,6 +96,7 @@ def main() -> None:
     parser.add_argument("--weights", default=None)
     parser.add_argument("--remat", default="none", choices=t5_config.REMAT)
     parser.add_argument("--microbatches", type=int, default=1)
+    parser.add_argument("--keep", action="store_true", help="the heap, as `softprompt train`")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--table", action="store_true", help="the dry run's figures, all sizes")
     args = parser.parse_args()
@@ -100,7 +106,7 @@ def main() -> None:
         return
     if args.one:
         run = run_of(args, args.batch[0])
-        print(json.dumps([memory.need(run).peak, measure(run)]))
+        print(json.dumps([memory.need(run).peak, measure(run, args.keep)]))
         return
     print("| batch | dry run, GB | measured, GB | ratio |\n| --- | --- | --- | --- |", flush=True)
     for batch in args.batch:
