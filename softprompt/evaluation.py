@@ -238,6 +238,12 @@ class Predictor:
         for indices, batch in track(batches, f"{examples.name}: predicting", "batches", len(cuts)):
             yield indices, {k: partition.place(x, self._rows) for k, x in batch.items()}
 
+    def _of_rows(self, values: np.ndarray, batch: data.Batch) -> jax.Array:
+        """What each example of a batch has, `[examples, …]`, for its rows: 0 for padding."""
+        found = np.zeros((len(batch["encoder_ids"]), *values.shape[1:]), values.dtype)
+        found[: len(values)] = values
+        return partition.place(found, self._rows)
+
     def generate(
         self,
         flat: tree.Flat,
@@ -250,12 +256,10 @@ class Predictor:
         `numbers` are those by which sampling tells the examples apart, by default their places.
         """
         texts = [""] * len(examples)
-        numbers = np.arange(len(examples)) if numbers is None else np.asarray(numbers)
+        numbers = np.asarray(range(len(examples)) if numbers is None else numbers, np.int32)
         for indices, batch in self._batches(examples, which):
-            of_rows = np.zeros(len(batch["encoder_ids"]), np.int32)
-            of_rows[: len(indices)] = numbers[indices]
-            placed = partition.place(of_rows, self._rows)
-            ids = np.asarray(self._generate(flat, batch["encoder_ids"], placed))
+            of_rows = self._of_rows(numbers[indices], batch)
+            ids = np.asarray(self._generate(flat, batch["encoder_ids"], of_rows))
             for i, row in zip(indices, ids, strict=False):
                 texts[i] = self._text(row)
         return texts
@@ -305,9 +309,7 @@ class Predictor:
         for indices, batch in self._batches(examples, which):
             ids = label_ids[0]
             if not shared:
-                of_rows = np.zeros((len(batch["encoder_ids"]), count, length), np.int32)
-                of_rows[: len(indices)] = label_ids[of_example[indices]]
-                ids = partition.place(of_rows, self._rows)
+                ids = self._of_rows(label_ids[of_example[indices]], batch)
             found = np.asarray(self._score(flat, batch["encoder_ids"], ids))
             scores[indices] = found[: len(indices)]
         if not shared:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from softprompt import decode, losses, partition, tree
+from softprompt import data, decode, losses, partition, tree
 from softprompt.prompted import PromptedT5
 from softprompt.reparameterise import Mlp
 
@@ -178,7 +178,7 @@ def rows_for(batch_size: int, mesh: jax.sharding.Mesh, microbatches: int) -> int
             f"MICROBATCHES is {microbatches}, expected a divisor of BATCH_SIZE, which is "
             f"{batch_size}"
         )
-    return -(-batch_size // (over := mesh.shape["data"] * microbatches)) * over
+    return data.round_up(batch_size, mesh.shape["data"] * microbatches)
 
 
 def abstract_state(
