@@ -4,7 +4,6 @@ Each function is pure and jittable. The encoder runs once, what cross-attention 
 and the loop stops when every row is done.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from softprompt import losses
+from softprompt.dropout import Masks
 from softprompt.prompted import PromptedT5
 from softprompt.vocabulary import EOS_ID, PAD_ID
 
@@ -215,7 +215,7 @@ def score_labels(
     params: Params,
     encoder_ids: Array,
     label_ids: Array,
-    dropout: Array | None = None,
+    dropout_masks: Masks | None = None,
     segments: Array | None = None,
     count: int = 1,
 ) -> Array:
@@ -223,18 +223,17 @@ def score_labels(
 
     `label_ids` are `[C, L]`, or `[B, C, L]` where every row has its own; a label of padding alone
     scores 0. All labels of a row lie in one decoder row as segments, so that what cross-attention
-    reads is made once per row, not once per label. With the key `dropout`, the model's
-    dropout is on. With `segments` `[B, T]`, rows hold up to `count` packed examples:
-    `[B, count, C]`, and only the scores of segments that a row has mean anything.
+    reads is made once per row, not once per label. `dropout_masks` (`dropout.draw`) are of decoder
+    rows as long as all their labels. With `segments` `[B, T]`, rows hold up to `count` packed
+    examples: `[B, count, C]`, and only the scores of segments that a row has mean anything.
     """
     rows = encoder_ids.shape[0]
     labels, length = label_ids.shape[-2:]
-    deterministic = dropout is None
-    apply = functools.partial(
-        module.apply, {"params": params}, rngs=None if deterministic else {"dropout": dropout}
-    )
+    variables = {"params": params}
     packed = segments is not None
-    encoded, segments = apply(encoder_ids, segments, deterministic, method="encode")
+    encoded, segments = module.apply(
+        variables, encoder_ids, segments, dropout_masks, method="encode"
+    )
     of_rows = jnp.broadcast_to(label_ids, (rows, labels, length))
     of_rows = jnp.tile(of_rows, (1, count, 1)).reshape(-1, length)
 
@@ -242,12 +241,13 @@ def score_labels(
         return jnp.tile(x[None], (rows, 1))
 
     example = jnp.repeat(jnp.arange(1, count + 1, dtype=segments.dtype), labels * length)
-    logits = apply(
+    logits = module.apply(
+        variables,
         encoded,
         segments,
         losses.shift_right(of_rows).reshape(rows, -1),
         in_each_row(jnp.repeat(jnp.arange(1, count * labels + 1), length)),
-        deterministic,
+        dropout_masks,
         in_each_row(example),
         method=lambda m, *args: m.t5.decode(*args),
     )

@@ -197,8 +197,7 @@ class Predictor:
         prompt_lengths = [prompt_length] if isinstance(prompt_length, int) else prompt_length
         self.slots = bank_slots(backbone.cfg.vocab_size, prompt_lengths)
         self.decode_length = decode_length
-        cfg = dataclasses.replace(backbone.cfg, dropout_rate=0.0)
-        module = PromptedT5(cfg, sum(prompt_lengths))
+        module = PromptedT5(backbone.cfg, sum(prompt_lengths))
 
         def generate(flat, ids, numbers):
             params = tree.unflatten(flat)

@@ -118,10 +118,15 @@ def lower(run: Run) -> tuple[jax.stages.Lowered, train_step.State, tree.Flat, di
         widths["encoder_segments"] = run.encoder_length
         widths["decoder_segments"] = run.targets_length
     batch = {
-        name: jax.ShapeDtypeStruct((run.rows, width), jnp.int32, sharding=spread)
-        for name, width in widths.items()
+        name: jax.ShapeDtypeStruct((run.rows, width), jnp.int32) for name, width in widths.items()
     }
     label_ids = np.ones((run.labels, run.targets_length), np.int32) if run.labels else None
+    batch = jax.eval_shape(
+        lambda batch: train_step.with_dropout(batch, run.cfg, jax.random.key(0), label_ids), batch
+    )
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spread), dict(batch)
+    )
     step = train_step.make_step(
         PromptedT5(run.cfg, run.prompt_length),
         run.optimizer,

@@ -255,9 +255,8 @@ class _Group:
             label_ids = np.stack([_padded(member.label_ids, widest) for member in members])
 
         def gradient(bank, frozen, batch, labels, key):
-            return jax.value_and_grad(loss_fn, has_aux=True)(
-                {PROMPT: bank}, frozen, batch, labels, key
-            )
+            batch = train_step.with_dropout(batch, backbone.cfg, key, labels)
+            return jax.value_and_grad(loss_fn, has_aux=True)({PROMPT: bank}, frozen, batch, labels)
 
         def step(states: list[State], frozen: tree.Flat, batch: Mapping[str, jax.Array]):
             # The bank [N, P, H] of all members; rows that a shorter prompt lacks have no slots.
@@ -269,7 +268,7 @@ class _Group:
             )
             keys = jnp.stack(
                 [
-                    jax.random.fold_in(jax.random.key(member.seed), state["step"])
+                    train_step.step_key(member.seed, state["step"])
                     for member, state in zip(members, states, strict=True)
                 ]
             )

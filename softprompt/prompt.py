@@ -151,7 +151,7 @@ def deep_rows(backbone: Any, array: np.ndarray, depth: int | str) -> np.ndarray 
         )
     if depth == 1:
         return None
-    module = PromptedT5(dataclasses.replace(backbone.cfg, dropout_rate=0.0), len(array))
+    module = PromptedT5(backbone.cfg, len(array))
     bank = jax.device_put(array, partition.replicated(backbone.mesh))
 
     def states(flat: tree.Flat, ids: np.ndarray) -> jax.Array:

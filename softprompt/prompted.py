@@ -18,6 +18,7 @@ import numpy as np
 from flax import linen as nn
 from flax.linen import partitioning
 
+from softprompt.dropout import Masks
 from softprompt.t5 import T5, Before
 from softprompt.t5_config import T5Config
 
@@ -81,7 +82,10 @@ class PromptedT5(nn.Module):
             self.prompt = PromptBank(self.rows, self.cfg.emb_dim)
 
     def encode(
-        self, encoder_ids: Array, encoder_segments: Array | None = None, deterministic: bool = True
+        self,
+        encoder_ids: Array,
+        encoder_segments: Array | None = None,
+        dropout_masks: Masks | None = None,
     ) -> tuple[Array, Array]:
         """Encoder output `[B, T, H]` and segments `[B, T]` for ids `[B, T]` (0 is padding)."""
         if encoder_segments is None:
@@ -91,7 +95,7 @@ class PromptedT5(nn.Module):
         if self.rows:
             x = self.prompt(x, encoder_ids, self.cfg.vocab_size)
             before = self.prompt.before(encoder_ids, self.cfg.vocab_size)
-        return self.t5.encode(x, encoder_segments, deterministic, before), encoder_segments
+        return self.t5.encode(x, encoder_segments, dropout_masks, before), encoder_segments
 
     def layer_inputs(self, encoder_ids: Array) -> Array:
         """What every encoder layer but the first reads, `[layers - 1, B, T, H]`."""
@@ -112,11 +116,14 @@ class PromptedT5(nn.Module):
         decoder_ids: Array,
         encoder_segments: Array | None = None,
         decoder_segments: Array | None = None,
-        deterministic: bool = True,
+        dropout_masks: Masks | None = None,
     ) -> Array:
-        """Logits `[B, L, V]` for encoder ids `[B, T]` and decoder inputs `[B, L]`."""
-        encoded, segments = self.encode(encoder_ids, encoder_segments, deterministic)
-        return self.t5.decode(encoded, segments, decoder_ids, decoder_segments, deterministic)
+        """Logits `[B, L, V]` for encoder ids `[B, T]` and decoder inputs `[B, L]`.
+
+        Nothing is dropped without `dropout_masks` (`dropout.draw`).
+        """
+        encoded, segments = self.encode(encoder_ids, encoder_segments, dropout_masks)
+        return self.t5.decode(encoded, segments, decoder_ids, decoder_segments, dropout_masks)
 
     def start_decoding(self, encoded: Array, length: int):
         """See `T5.start_decoding`."""

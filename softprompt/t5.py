@@ -14,6 +14,8 @@ import numpy as np
 from flax import linen as nn
 from flax.linen import partitioning
 
+from softprompt import dropout
+from softprompt.dropout import Masks, drop
 from softprompt.int8 import SCALE
 from softprompt.products import int8_product
 from softprompt.t5_config import T5Config
@@ -25,8 +27,6 @@ from softprompt.t5_layers import (
     EncoderLayer,
     LayerNorm,
     RelativePositionBias,
-    draw_kept,
-    drop,
     layer_class,
 )
 
@@ -83,17 +83,21 @@ class Encoder(nn.Module):
         self.encoder_norm = LayerNorm(cfg.dtype)
 
     def __call__(
-        self, x: Array, mask: Array, deterministic: bool, before: Before | None = None
+        self,
+        x: Array,
+        mask: Array,
+        dropout_masks: Masks | None = None,
+        before: Before | None = None,
     ) -> Array:
         """`x` `[B, T, H]`, `mask` broadcastable to `[B, 1, T, T]`, True where attention may go.
 
-        `before(i, x)` gives what layer i > 0 is to read instead of `x`.
+        `dropout_masks`: see `dropout.draw`. `before(i, x)` gives what layer i > 0 is to read in
+        place of `x`.
         """
         positions = jnp.arange(x.shape[1])
         bias = self.relpos_bias(positions, positions) + jnp.where(mask, 0.0, MASKED)
-        rate = 0.0 if deterministic else self.cfg.dropout_rate
-        key = self.make_rng("dropout") if rate else None
-        ends, *kept = draw_kept(key, self.cfg, len(self.layers), *x.shape[:2])
+        rate = self.cfg.dropout_rate
+        ends, *kept = dropout.of_encoder(dropout_masks, self.cfg, x.shape[1])
         x = drop(x, ends.attended, rate)
         for i, layer in enumerate(self.layers):
             if before is not None and i:
@@ -118,15 +122,19 @@ class Decoder(nn.Module):
             self.logits_dense = Dense(shape, ("embed", "vocab"), cfg.dtype)
 
     def __call__(
-        self, y: Array, encoded: Array, mask: Array, cross_mask: Array, deterministic: bool
+        self,
+        y: Array,
+        encoded: Array,
+        mask: Array,
+        cross_mask: Array,
+        dropout_masks: Masks | None = None,
     ) -> Array:
         """Normed output `[B, L, H]` for embedded targets `[B, L, H]` and `encoded` `[B, T, H]`."""
         positions = jnp.arange(y.shape[1])
         bias = self.relpos_bias(positions, positions) + jnp.where(mask, 0.0, MASKED)
         cross_bias = jnp.where(cross_mask, 0.0, MASKED)
-        rate = 0.0 if deterministic else self.cfg.dropout_rate
-        key = self.make_rng("dropout") if rate else None
-        ends, *kept = draw_kept(key, self.cfg, len(self.layers), *y.shape[:2], encoded.shape[1])
+        rate = self.cfg.dropout_rate
+        ends, *kept = dropout.of_decoder(dropout_masks, self.cfg, y.shape[1], encoded.shape[1])
         y = drop(y, ends.attended, rate)
         for layer, of_layer in zip(self.layers, kept, strict=True):
             y = layer.whole(y, encoded, bias, cross_bias, of_layer)
@@ -175,16 +183,16 @@ class T5(nn.Module):
         self,
         x: Array,
         segments: Array,
-        deterministic: bool = True,
+        dropout_masks: Masks | None = None,
         before: Before | None = None,
     ) -> Array:
-        """`[B, T, H]` for embeddings `[B, T, H]`; `before`: see `Encoder`.
+        """`[B, T, H]` for embeddings `[B, T, H]`; `dropout_masks`, `before`: see `Encoder`.
 
         `segments` `[B, T]` numbers the examples of a row from 1; 0 is padding. Attention stays
         within a segment, and T5's bias needs only differences of positions.
         """
         mask = (segments[:, :, None] == segments[:, None, :]) & (segments[:, None, :] > 0)
-        return self.encoder(x, mask[:, None], deterministic, before)
+        return self.encoder(x, mask[:, None], dropout_masks, before)
 
     def decode(
         self,
@@ -192,7 +200,7 @@ class T5(nn.Module):
         encoder_segments: Array,
         decoder_ids: Array,
         decoder_segments: Array | None = None,
-        deterministic: bool = True,
+        dropout_masks: Masks | None = None,
         cross_segments: Array | None = None,
     ) -> Array:
         """Logits `[B, L, V]` float32 for decoder inputs `[B, L]` (targets shifted right).
@@ -209,7 +217,7 @@ class T5(nn.Module):
         mask = causal & (decoder_segments[:, :, None] == decoder_segments[:, None, :])
         cross = cross_segments[:, :, None] == encoder_segments[:, None, :]
         y = self.decoder(
-            self.embed(decoder_ids), encoded, mask[:, None], cross[:, None], deterministic
+            self.embed(decoder_ids), encoded, mask[:, None], cross[:, None], dropout_masks
         )
         return self._logits(y)
 

@@ -1,4 +1,4 @@
-"""The layers of a T5: attention, MLP, norm, relative bias and dropout's masks.
+"""The layers of a T5: attention, MLP, norm and relative bias.
 
 See `t5` for sources and the alphabet of shapes; Q queries attend to S positions.
 """
@@ -14,6 +14,7 @@ from flax import linen as nn
 from flax.linen import partitioning
 from jax.ad_checkpoint import checkpoint_name
 
+from softprompt.dropout import Kept, drop
 from softprompt.int8 import SCALE
 from softprompt.products import Matrix, divide, exponentials, multiply, product
 from softprompt.t5_config import REMAT, T5Config
@@ -95,62 +96,6 @@ class Direct(NamedTuple):
     def of_rows(self, function: Callable[[Array], Array]) -> "Direct":
         """With `function` of every array that has a row for each of the batch."""
         return self._replace(x=function(self.x), turned=function(self.turned))
-
-
-class Kept(NamedTuple):
-    """What dropout keeps in a layer: masks that broadcast against it, or None where all is kept.
-
-    One mask for all queries and one for all positions, as T5's own code has it, and flaxformer for
-    the encoder's output too.
-    """
-
-    weights: Array | None = None  # [B, A, 1, S]
-    attended: Array | None = None  # [B, 1, H]
-    cross_weights: Array | None = None  # [B, A, 1, T]
-    cross_attended: Array | None = None  # [B, 1, H]
-    hidden: Array | None = None  # [B, 1, F], F the width inside the MLP
-    out: Array | None = None  # [B, 1, H]
-
-
-def draw_kept(
-    key: Array | None, cfg: T5Config, layers: int, rows: int, length: int, encoded: int = 0
-) -> list[Kept]:
-    """What a stack keeps of `length` positions, of a decoder that reads `encoded` ones.
-
-    First of its input (as `attended`) and output (`out`), then of each layer. Without a key all is
-    kept. One draw for each, one after the other from keys of the same form: the kernels that XLA
-    compiles for one layer are then those of all. Its parts are gathered, not sliced: a mesh cuts
-    some of them over its model axis, and through slices that cut would reach all others.
-    """
-    if key is None:
-        return [Kept()] * (layers + 1)
-    shapes = {
-        "weights": (cfg.num_heads, 1, length),
-        "attended": (1, cfg.emb_dim),
-        "hidden": (1, cfg.mlp_dim),
-        "out": (1, cfg.emb_dim),
-    }
-    if encoded:
-        shapes |= {"cross_weights": (cfg.num_heads, 1, encoded), "cross_attended": (1, cfg.emb_dim)}
-    ends = np.cumsum([np.prod(shape) for shape in shapes.values()])
-    found = []
-    for _ in range(layers + 1):
-        key, own = jax.random.split(key)
-        drawn = jax.random.bernoulli(own, 1 - cfg.dropout_rate, (rows, ends[-1]))
-        kept = {}
-        for (name, shape), end in zip(shapes.items(), ends, strict=True):
-            places = np.arange(end - np.prod(shape), end)
-            kept[name] = jnp.take(drawn, places, axis=1, mode="clip").reshape(rows, *shape)
-        found.append(Kept(**kept))
-    return found
-
-
-def drop(x: Array, kept: Array | None, rate: float) -> Array:
-    """`x` with what is not `kept` at 0, and the rest scaled by as much as fell away on average.
-
-    A product with the mask: the backward pass of a choice would keep a mask as large as `x`.
-    """
-    return x if kept is None else x * jnp.where(kept, 1 / (1 - rate), 0.0).astype(x.dtype)
 
 
 class Attention(nn.Module):

@@ -23,6 +23,7 @@ from t5x import models, optimizers
 from softprompt import (
     data,
     decode,
+    dropout,
     evaluation,
     formats,
     losses,
@@ -221,13 +222,12 @@ class PromptedModel(models.BaseTransformerModel):
         return variables
 
     def _compute_logits(self, params, batch, dropout_rng=None):
-        return self.module.apply(
-            {"params": params},
-            self._with_slots(batch["encoder_input_tokens"]),
-            batch["decoder_input_tokens"],
-            deterministic=dropout_rng is None or self.cfg.dropout_rate == 0,
-            rngs=None if dropout_rng is None else {"dropout": dropout_rng},
-        )
+        ids = self._with_slots(batch["encoder_input_tokens"])
+        targets = batch["decoder_input_tokens"]
+        masks = None
+        if dropout_rng is not None and self.cfg.dropout_rate:
+            masks = dropout.draw(dropout_rng, self.cfg, *ids.shape, targets.shape[1])
+        return self.module.apply({"params": params}, ids, targets, dropout_masks=masks)
 
     def loss_fn(self, params, batch, dropout_rng):
         """Mean cross-entropy in nats per target token, as our own trainer has it; T5X's metrics."""

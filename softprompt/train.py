@@ -200,6 +200,7 @@ def fit(
     whole = any(not path.startswith("prompt/") for path in trained)
     shards = backbone.mesh.shape["data"]
     own = partition.local_rows(backbone.mesh, shards)
+    by_rows = partition.batch_sharding(backbone.mesh)
     meter = throughput.Meter(
         backbone.cfg, 3 if whole else 2, backbone.mesh.size, (own.stop - own.start) / shards
     )
@@ -237,6 +238,9 @@ def fit(
             host_batch, batch = stream.next(state["step"])
             meter.add(host_batch)
             meter.wait(stream.waited - waited)
+            if module.cfg.dropout_rate:
+                key = train_step.step_key(seed, state["step"])
+                batch = train_step.with_dropout(batch, module.cfg, key, label_ids, by_rows)
             state = step_fn(state, fixed, batch)
             if step == start + 1:
                 jax.block_until_ready(state)

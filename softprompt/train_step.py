@@ -1,6 +1,7 @@
 """One training step: loss, gradients of the trainable partition alone, and the state it changes."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -8,11 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from softprompt import data, decode, losses, partition, tree
+from softprompt import data, decode, dropout, losses, partition, tree
 from softprompt.prompted import PromptedT5
 from softprompt.reparameterise import Mlp
+from softprompt.t5_config import T5Config
 
 State = dict[str, Any]
+# Where a batch has dropout's masks.
+MASKS = "dropout_masks"
 
 
 def make_loss(
@@ -22,23 +26,19 @@ def make_loss(
     labelled: bool = False,
     collapse: Callable[[tree.Flat], tree.Flat] = dict,
 ) -> Callable[..., tuple[jax.Array, tuple[jax.Array, jax.Array]]]:
-    """The loss `(trainable, frozen, batch, label_ids, key) -> mean, (sum, count)` of a batch.
+    """The loss `(trainable, frozen, batch, label_ids) -> mean, (sum, count)` of a batch.
 
     It is that of the target tokens or, if `labelled`, that of the right label among `label_ids`
-    `[C, L]`. `key` is the dropout's; `collapse` makes the model's parameters of all parameters.
+    `[C, L]`. For dropout see `with_dropout`. `collapse` makes the model's parameters of all
+    parameters.
     """
-    dropout = module.cfg.dropout_rate > 0
 
-    def loss_fn(trainable, frozen, batch, label_ids, key):
+    def loss_fn(trainable, frozen, batch, label_ids):
         params, ids = tree.unflatten(collapse({**frozen, **trainable})), batch["encoder_ids"]
+        segments, masks = batch.get("encoder_segments"), batch.get(MASKS)
         if labelled:
-            segments = batch.get("encoder_segments")
-            # Packed targets lie a label's width apart.
-            width = label_ids.shape[-1]
-            examples = 1 if segments is None else batch["targets"].shape[1] // width
-            scores = decode.score_labels(
-                module, params, ids, label_ids, key if dropout else None, segments, examples
-            )
+            examples = _examples(batch, label_ids)
+            scores = decode.score_labels(module, params, ids, label_ids, masks, segments, examples)
             targets = batch["targets"].reshape(*scores.shape[:-1], -1)
             loss, count = losses.label_cross_entropy(scores, targets, label_ids)
             return loss / count, (loss, count)
@@ -46,15 +46,48 @@ def make_loss(
             {"params": params},
             ids,
             losses.shift_right(batch["targets"], batch.get("decoder_segments")),
-            batch.get("encoder_segments"),
+            segments,
             batch.get("decoder_segments"),
-            deterministic=not dropout,
-            rngs={"dropout": key} if dropout else None,
+            masks,
         )
         loss, count = losses.cross_entropy(logits, batch["targets"], z_loss, label_smoothing)
         return loss / count, (loss, count)
 
     return loss_fn
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def step_key(seed: int, step: jax.Array) -> jax.Array:
+    """The key of what is drawn for the step after `step` others."""
+    return jax.random.fold_in(jax.random.key(seed), step)
+
+
+def with_dropout(
+    batch: Mapping[str, Any],
+    cfg: T5Config,
+    key: jax.Array,
+    label_ids: np.ndarray | None = None,
+    sharding: jax.sharding.Sharding | None = None,
+) -> Mapping[str, Any]:
+    """The batch and what dropout keeps of it, if there is dropout and it is not there yet.
+
+    A step draws its own, the same ones, where its batch comes without: see `dropout.draw` for why
+    not to leave it that. `label_ids` as in `make_loss`.
+    """
+    if not cfg.dropout_rate or MASKS in batch:
+        return batch
+    rows, length = batch["encoder_ids"].shape
+    targets = batch["targets"].shape[1]
+    if label_ids is not None:
+        targets = _examples(batch, label_ids) * label_ids.size
+    return {**batch, MASKS: dropout.draw(key, cfg, rows, length, targets, sharding)}
+
+
+def _examples(batch: Mapping[str, Any], label_ids: np.ndarray) -> int:
+    """How many examples a row has room for: packed targets lie a label's width apart."""
+    if "encoder_segments" not in batch:
+        return 1
+    return batch["targets"].shape[1] // label_ids.shape[-1]
 
 
 def advance(
@@ -100,7 +133,7 @@ def make_step(
     label_ids: np.ndarray | None = None,
     reparameterisation: Mlp | None = None,
     microbatches: int = 1,
-) -> Callable[[State, tree.Flat, dict[str, jax.Array]], State]:
+) -> Callable[[State, tree.Flat, Mapping[str, Any]], State]:
     """The train step `(state, frozen, batch) -> state`, to be jitted.
 
     With `label_ids` `[C, L]` the loss is that among the labels: see `make_loss`. Only
@@ -112,18 +145,18 @@ def make_step(
     collapse = reparameterisation.collapse if reparameterisation else dict
     loss_fn = make_loss(module, z_loss, label_smoothing, label_ids is not None, collapse)
 
-    def step(state: State, frozen: tree.Flat, batch: dict[str, jax.Array]) -> State:
-        key = jax.random.fold_in(jax.random.key(seed), state["step"])
+    def step(state: State, frozen: tree.Flat, batch: dict[str, Any]) -> State:
+        batch = with_dropout(batch, module.cfg, step_key(seed, state["step"]), label_ids)
         if microbatches == 1:
             (mean, (loss, count)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-                state["trainable"], frozen, batch, label_ids, key
+                state["trainable"], frozen, batch, label_ids
             )
         else:
 
-            def summed(trainable, part, key):
-                return loss_fn(trainable, frozen, part, label_ids, key)[1]
+            def summed(trainable, part):
+                return loss_fn(trainable, frozen, part, label_ids)[1]
 
-            loss, count, grads = _accumulated(summed, state["trainable"], batch, key, microbatches)
+            loss, count, grads = _accumulated(summed, state["trainable"], batch, microbatches)
             mean, grads = loss / count, jax.tree.map(lambda g: g / count, grads)
         return advance(state, optimizer, grads, mean, loss, count)
 
@@ -146,7 +179,7 @@ def compiler_options() -> dict[str, Any]:
     return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
-def _accumulated(loss_fn, trainable, batch, key, parts: int):
+def _accumulated(loss_fn, trainable, batch, parts: int):
     """Sums over a batch's parts: of the loss, of its count, and of its gradient."""
     rows = len(batch["targets"])
     if rows % parts:
@@ -156,15 +189,12 @@ def _accumulated(loss_fn, trainable, batch, key, parts: int):
         lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), dict(batch)
     )
 
-    def add(sums, numbered):
-        i, part = numbered
-        (loss, count), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            trainable, part, jax.random.fold_in(key, i)
-        )
+    def add(sums, part):
+        (loss, count), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable, part)
         return jax.tree.map(jnp.add, sums, (loss, count, grads)), None
 
     zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable))
-    return jax.lax.scan(add, zero, (jnp.arange(parts), split))[0]
+    return jax.lax.scan(add, zero, split)[0]
 
 
 def rows_for(batch_size: int, mesh: jax.sharding.Mesh, microbatches: int) -> int:

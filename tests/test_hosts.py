@@ -32,13 +32,14 @@ with hosts.job(**flags if int(count) > 1 else {}):
     from softprompt.vocabulary import Vocabulary
     words = Vocabulary(native.EMBEDDED / native.VOCABULARY_FILE)
     mesh = partition.make_mesh(model=int(model), devices=None if int(count) > 1 else 1)
-    cfg = dataclasses.replace(TINY, num_encoder_layers=1, num_decoder_layers=1)
+    sizes = dict(num_encoder_layers=1, num_decoder_layers=1, dropout_rate=0.1)
+    cfg = dataclasses.replace(TINY, **sizes)
     tiny = backbones.random(cfg, 0, words, mesh, "tiny")
     if int(model) > 1:
         # Through a file: the first process writes what all hold, and each keeps its own shards.
         native.save(folder + "-backbone", Stored.of("tiny", cfg, tiny.params, words))
         multihost_utils.sync_global_devices("saved")
-        tiny = backbones.load(folder + "-backbone", mesh=mesh)
+        tiny = backbones.load(folder + "-backbone", dropout_rate=0.1, mesh=mesh)
         kernel = tiny.params["encoder/layers_0/mlp/wi_0/kernel"]
         assert {x.data.shape for x in kernel.addressable_shards} == {(24, 40 // int(model))}
     pairs = [(f"number {i} of the lot", "odd" if i % 2 else "even") for i in range(16)]

@@ -31,7 +31,7 @@ for shape in ((1, 1), (8, 1), (4, 2), (2, 4)):
     mesh = partition.make_mesh(*shape, devices=shape[0] * shape[1])
     if not found:
         native.save(sys.argv[3], Stored.of("tiny", TINY, backbones.random(TINY, 0).params, words))
-    backbone = backbones.load(sys.argv[3], mesh=mesh)
+    backbone = backbones.load(sys.argv[3], dropout_rate=0.1, mesh=mesh)
     for x in backbone.params.values():
         # One copy for all devices that hold the same.
         places = {shard.data.unsafe_buffer_pointer() for shard in x.addressable_shards}

@@ -12,7 +12,7 @@ from conftest import TINY
 from test_train import LENGTHS, batches_of, bits, fit, prompt_of
 
 import softprompt
-from softprompt import convert, evaluation, prompt, t5_layers, train, tree
+from softprompt import convert, dropout, evaluation, prompt, train, tree
 from softprompt.__main__ import main
 from softprompt.prompted import PromptedT5, slots
 from softprompt.reparameterise import Mlp
@@ -98,7 +98,7 @@ def test_deep_rows_replace_what_each_layer_reads_at_the_slots(tiny):
         at = jnp.arange(ids.shape[1])
         bias = stack.relpos_bias(at, at) + jnp.where(ids > 0, 0.0, -1e10)[:, None, None]
         for i, layer in enumerate(stack.layers):
-            x = layer.whole(x.at[:, :5].set(deep[i - 1]) if i else x, bias, t5_layers.Kept())
+            x = layer.whole(x.at[:, :5].set(deep[i - 1]) if i else x, bias, dropout.Kept())
         return stack.encoder_norm(x)
 
     module = PromptedT5(tiny.cfg, 5)

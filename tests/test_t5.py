@@ -134,25 +134,6 @@ def test_a_layer_is_traced_once_for_all_layers_of_a_stack(tiny, monkeypatch):
     assert len(seen) == 2  # One encoder layer and one decoder layer.
 
 
-def test_layers_of_the_same_weights_draw_dropout_of_their_own():
-    cfg = dataclasses.replace(TINY, dropout_rate=0.5)
-    encoder = t5.Encoder(cfg)
-    x, mask = jnp.ones((2, 5, cfg.emb_dim)), jnp.ones((2, 1, 5, 5), bool)
-    params = encoder.init(jax.random.key(0), x, mask, True)["params"]
-    params |= {f"layers_{i}": params["layers_0"] for i in range(cfg.num_encoder_layers)}
-    seen = []
-
-    def same_input(layer, found):
-        seen.append(found)
-        return x
-
-    encoder.apply(
-        {"params": params}, x, mask, False, same_input, rngs={"dropout": jax.random.key(1)}
-    )
-    assert len(seen) == cfg.num_encoder_layers - 1 > 1
-    assert np.abs(seen[0] - seen[1]).max() > 0.1
-
-
 @pytest.mark.parametrize("direct", [False, True])
 def test_attention_and_its_gradient_are_those_of_a_softmax_over_weights(direct):
     layer = t5_layers.Attention(TINY)
@@ -187,96 +168,6 @@ def test_attention_and_its_gradient_are_those_of_a_softmax_over_weights(direct):
     expected = jax.value_and_grad(plain, argnums=(0, 1, 2))(x, source, bias)
     assert float(jnp.abs(expected[1][2]).max()) > 0.01
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, expected)
-
-
-def test_dropout_keeps_its_share_one_mask_for_all_positions():
-    cfg = dataclasses.replace(TINY, dropout_rate=0.25)
-    rows, length, encoded = 64, 5, 7
-    ends, *layers = t5_layers.draw_kept(jax.random.key(0), cfg, 3, rows, length, encoded)
-    assert len(layers) == 3
-    per_head = (rows, cfg.num_heads, 1)
-    per_place = (rows, 1, cfg.emb_dim)
-    for found in (ends, *layers):
-        assert {name: x.shape for name, x in found._asdict().items()} == {
-            "weights": (*per_head, length),
-            "attended": per_place,
-            "cross_weights": (*per_head, encoded),
-            "cross_attended": per_place,
-            "hidden": (rows, 1, cfg.mlp_dim),
-            "out": per_place,
-        }
-        for x in found:
-            assert abs(float(x.mean()) - 0.75) < 5 * np.sqrt(0.25 * 0.75 / x.size)
-    flat = np.stack([np.concatenate([np.ravel(x) for x in found]) for found in (ends, *layers)])
-    assert np.abs(np.corrcoef(flat) - np.eye(4)).max() < 0.03, "every layer draws its own"
-    alone = t5_layers.draw_kept(jax.random.key(0), cfg, 3, rows, length)
-    assert all(x.cross_weights is None and x.cross_attended is None for x in alone)
-    assert t5_layers.draw_kept(None, cfg, 2, rows, length) == [t5_layers.Kept()] * 3
-
-
-def test_what_is_dropped_is_zero_and_the_rest_makes_up_for_it():
-    x = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
-    kept = np.array([[[True, False, True, True]], [[False, True, True, False]]])
-    found = t5_layers.drop(jnp.asarray(x), jnp.asarray(kept), 0.2)
-    np.testing.assert_allclose(found, np.where(kept, x / 0.8, 0), rtol=1e-6)
-    assert (
-        t5_layers.drop(jnp.asarray(x, jnp.bfloat16), jnp.asarray(kept), 0.2).dtype == jnp.bfloat16
-    )
-
-
-PLACES = ("weights", "attended", "cross_weights", "cross_attended", "hidden", "out")
-
-
-@pytest.mark.parametrize(
-    "decoder, place", [(d, p) for d in (False, True) for p in PLACES if d or p[:5] != "cross"]
-)
-def test_what_a_layer_drops_whole_is_as_if_that_part_were_not_there(decoder, place):
-    cfg = dataclasses.replace(TINY, dropout_rate=0.25)
-    layer = t5_layers.DecoderLayer(cfg) if decoder else t5_layers.EncoderLayer(cfg)
-    x, encoded = (jax.random.normal(jax.random.key(i), (2, 5, cfg.emb_dim)) for i in range(2))
-    bias = jnp.zeros((1, 1, 5, 5))
-    inputs = (x, encoded, bias, bias) if decoder else (x, bias)
-    params = layer.init(jax.random.key(2), *inputs, t5_layers.Kept(), method="whole")
-    nothing = jnp.zeros((2, 1, 1, 1) if place.endswith("weights") else (2, 1, 1), bool)
-    found = layer.apply(params, *inputs, t5_layers.Kept(**{place: nothing}), method="whole")
-    lacks = {"weights": "self", "attended": "self", "hidden": "mlp", "out": "mlp"}
-    lacks = lacks.get(place, "cross")
-
-    def without(layer, x):
-        if decoder:
-            first, norm = layer.self_attention, layer.pre_self_attention_layer_norm
-        else:
-            first, norm = layer.attention, layer.pre_attention_layer_norm
-        if lacks != "self":
-            x = x + first(norm(x), first.keys_values(norm(x)), bias)
-        if decoder and lacks != "cross":
-            y = layer.pre_cross_attention_layer_norm(x)
-            x = x + layer.encoder_decoder_attention(y, layer.cross(encoded, 5), bias)
-        return x if lacks == "mlp" else x + layer.mlp(layer.pre_mlp_layer_norm(x))
-
-    np.testing.assert_allclose(found, layer.apply(params, x, method=without), atol=1e-5)
-
-
-def test_a_stack_drops_its_input_and_its_output(monkeypatch):
-    cfg = dataclasses.replace(TINY, dropout_rate=0.25)
-    encoder, layers = t5.Encoder(cfg), TINY.num_encoder_layers
-    x, mask = jax.random.normal(jax.random.key(0), (2, 5, cfg.emb_dim)), jnp.ones((2, 1, 5, 5))
-    params = encoder.init(jax.random.key(1), x, mask, True)
-    nothing = jnp.zeros((2, 1, 1), bool)
-
-    def run(x, deterministic, **ends):
-        monkeypatch.setattr(
-            t5, "draw_kept", lambda *_: [t5_layers.Kept(**ends)] + [t5_layers.Kept()] * layers
-        )
-        rngs = {"dropout": jax.random.key(2)}
-        return encoder.apply(params, x, mask, deterministic, rngs=rngs)
-
-    whole = run(x, True)
-    np.testing.assert_array_equal(run(x, False), whole)
-    assert np.abs(whole).max() > 0.1
-    np.testing.assert_array_equal(run(x, False, out=nothing), 0 * x)
-    np.testing.assert_array_equal(run(x, False, attended=nothing), run(0 * x, True))
-    assert np.abs(run(0 * x, True) - whole).max() > 0.1
 
 
 @pytest.mark.parametrize("weights", [None, "int8"])

@@ -113,6 +113,27 @@ def t5x(binary, stored, folder, *flags):
     return run.stderr
 
 
+def ours(prompt, folder):
+    """The figures of a prompt in a file under our own binary."""
+    return launch.eval(
+        mixture_or_task_name=TASK, task_feature_lengths=LENGTHS, eval_output_dir=folder,
+        initial_checkpoint_path="embedded", prompt_file=prompt,
+    )  # fmt: skip
+
+
+def inferred(stored, folder, name, *flags):
+    """What T5X's inference answers."""
+    out = folder / name
+    infer = ["--gin_file=t5x/prompt_infer.gin", f"--gin.INFER_OUTPUT_DIR={str(out)!r}"]
+    t5x("infer", stored, folder, *infer, *flags)
+    return predictions(out)
+
+
+def predictions(folder):
+    [file] = [p for p in folder.glob("*.jsonl*") if p.suffix != ".COMPLETED"]
+    return [json.loads(x)["prediction"] for x in file.read_text().splitlines()]
+
+
 def test_the_launch_lines_train_resume_evaluate_and_infer(stored, tmp_path, embedded, capsys):
     tune = [
         "--gin_file=t5x/prompt_finetune.gin", "--gin_file=prompts/from_class_labels.gin",
@@ -138,21 +159,19 @@ def test_the_launch_lines_train_resume_evaluate_and_infer(stored, tmp_path, embe
         [metrics] = out.rglob(f"{TASK}-metrics.jsonl")
         found[name] = json.loads(metrics.read_text().splitlines()[-1])
         found[name].pop("step")
-    found["ours"] = launch.eval(
-        mixture_or_task_name=TASK, task_feature_lengths=LENGTHS, eval_output_dir=tmp_path / "ours",
-        initial_checkpoint_path="embedded", prompt_file=lifted,
-    )  # fmt: skip
+    found["ours"] = ours(lifted, tmp_path / "ours")
     assert found["checkpoint"] == found["file"] == pytest.approx(found["ours"])
 
-    out = tmp_path / "answers"
-    infer = ["--gin_file=t5x/prompt_infer.gin", f"--gin.INFER_OUTPUT_DIR={str(out)!r}"]
-    t5x("infer", tmp_path / "run" / "checkpoint_150", tmp_path, *infer)
-    answers = []
-    for folder in (out, tmp_path / "ours" / "predictions"):
-        [file] = [p for p in folder.glob("*.jsonl*") if p.suffix != ".COMPLETED"]
-        answers.append([json.loads(x)["prediction"] for x in file.read_text().splitlines()])
-    assert answers[0] == answers[1]
-    assert len(set(answers[0])) >= 10, "answers that differ, for otherwise the comparison is empty"
+    trained = tmp_path / "run" / "checkpoint_150"
+    assert inferred(trained, tmp_path, "trained") == predictions(tmp_path / "ours" / "predictions")
+    # Trained, it may answer all texts alike, and the comparison says little: one that is not.
+    untrained = tmp_path / "untrained.npy"
+    np.save(untrained, np.random.default_rng(0).uniform(-0.5, 0.5, (P, embedded.cfg.emb_dim)))
+    ours(untrained, tmp_path / "other")
+    flag = f"--gin.PROMPT_FILE={str(untrained)!r}"
+    answers = inferred(stored, tmp_path, "untrained", flag)
+    assert answers == predictions(tmp_path / "other" / "predictions")
+    assert len(set(answers)) >= 10
 
 
 def test_a_prompt_in_both_places_or_neither_is_refused():
