@@ -8,7 +8,6 @@ import ast
 import contextlib
 import difflib
 import inspect
-import logging
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -43,6 +42,9 @@ def parse(
     gin.clear_config()
     # gin also searches the paths added before; start from the working directory alone.
     gin.config._LOCATION_PREFIXES[:] = [""]
+    # It looks into Python's packages too, and takes any folder of the working directory for one.
+    readers = gin.config._FILE_READERS
+    readers[:] = [pair for pair in readers if pair[0].__module__ != "gin.resource_reader"]
     folders = [*search_paths, str(GIN_FOLDER)]
     for folder in folders:
         gin.add_config_file_search_path(folder)
@@ -76,20 +78,8 @@ def _parse_file(file: str, folders: Sequence[str]) -> None:
             f"no gin file {file!r} in the working directory, {', '.join(map(repr, folders))}"
             + (f"; did you mean {', '.join(near)}?" if near else "")
         )
-    with _one_sentence(file), _without_search_messages():
+    with _one_sentence(file):
         gin.parse_config_file(file)
-
-
-@contextlib.contextmanager
-def _without_search_messages() -> Iterator[None]:
-    """Gin logs an error for every folder that does not hold a file which the next one holds."""
-    root = logging.getLogger()
-    quiet = lambda record: not str(record.msg).startswith("Path not found")  # noqa: E731
-    root.addFilter(quiet)
-    try:
-        yield
-    finally:
-        root.removeFilter(quiet)
 
 
 @contextlib.contextmanager

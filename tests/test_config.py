@@ -92,6 +92,16 @@ def test_unknown_names_and_files_suggest_near_ones():
         config.parse([])
 
 
+@pytest.mark.parametrize("folder", ["models", "runs", "prompts"])
+def test_a_folder_of_a_shipped_ones_name_is_not_in_the_way(tmp_path, monkeypatch, folder):
+    (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # As `python -m` does.
+    files = ["models/t5_1_1_embedded.gin", "runs/baseline.gin", "prompts/from_random_uniform.gin"]
+    config.parse(files, [("METHOD", "majority")], complete=False)
+    assert config.macros()["METHOD"] == "majority"
+
+
 def test_a_malformed_file_is_one_sentence(tmp_path):
     (tmp_path / "bad.gin").write_text("MODEL_DIR = = 3\n")
     with pytest.raises(ValueError, match="bad.gin") as error:
