@@ -1,5 +1,6 @@
 """Which shapes compile: buckets for batches of like lengths, in training and in evaluation."""
 
+import collections
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -171,7 +172,6 @@ def bucketed_batches(
     batch k holds depends on the seed and k alone. Call the result with the step to start from; for
     the arguments see `data.train_batches`.
     """
-    # No window spans an epoch: an example would meet itself in a batch.
     window = max(1, min(WINDOW, sum(map(len, parts)) // batch_size))
     targets_length = max(len(ids) for part in parts for ids in part.targets)
 
@@ -180,7 +180,14 @@ def bucketed_batches(
         drawn = data.drawn(parts, rates, batch_size, seed, first * window)
         for number in itertools.count(first):
             rows = list(itertools.chain.from_iterable(itertools.islice(drawn, window)))
-            order = np.argsort([len(part.inputs[i]) for part, i in rows], kind="stable")
+            # A window may span an epoch's end: what comes again goes behind all that comes once, or
+            # sorting would put an example beside itself.
+            seen: collections.Counter = collections.Counter()
+            keys = []
+            for part, i in rows:
+                keys.append((seen[id(part), i], len(part.inputs[i])))
+                seen[id(part), i] += 1
+            order = np.array(sorted(range(len(rows)), key=keys.__getitem__))
             order = order.reshape(window, batch_size)
             shuffled = np.random.default_rng([seed, 2, number]).permutation(window)
             for k in shuffled[skipped:]:

@@ -143,3 +143,14 @@ def test_a_batch_of_an_evaluation_holds_its_examples():
         assert row[row > 0].tolist() == list(expected)
     assert not batch["encoder_ids"][2:].any() and not batch["targets"][2:].any()
     assert (batch["targets"][:2, 0] == 5).all()
+
+
+@pytest.mark.parametrize("count", [41, 50])
+def test_no_example_meets_itself_where_a_window_spans_the_end_of_an_epoch(count):
+    batches = lengths.bucketed_batches([made(count, 3, 40)], [1.0], 8, 0, SLOTS, 2)
+    found = [set(batch["encoder_ids"][:, 5]) for batch in take(batches, 0, 60)]
+    assert min(map(len, found)) >= 7
+    assert sum(len(names) < 8 for names in found) <= 6
+    # Each still comes as often as all others, but for the epoch that has begun.
+    seen = np.concatenate([batch["encoder_ids"][:, 5] for batch in take(batches, 0, count)])
+    assert set(np.unique(seen, return_counts=True)[1]) <= {7, 8, 9}
