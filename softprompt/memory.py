@@ -49,6 +49,7 @@ class Run:
       packed: whether several examples share a row.
       microbatches: equal parts that a batch is computed in.
       labels: C, for the loss among the labels, 0 for that of the target text.
+      label_length: of the longest label, if packed; else `targets_length`.
       trainable, frozen: patterns of paths.
     """
 
@@ -63,6 +64,7 @@ class Run:
     packed: bool = False
     microbatches: int = 1
     labels: int = 0
+    label_length: int = 0
     trainable: Sequence[str] = ("prompt/.*",)
     frozen: Sequence[str] = (".*",)
 
@@ -120,7 +122,9 @@ def lower(run: Run) -> tuple[jax.stages.Lowered, train_step.State, tree.Flat, di
     batch = {
         name: jax.ShapeDtypeStruct((run.rows, width), jnp.int32) for name, width in widths.items()
     }
-    label_ids = np.ones((run.labels, run.targets_length), np.int32) if run.labels else None
+    label_ids = None
+    if run.labels:
+        label_ids = np.ones((run.labels, run.label_length or run.targets_length), np.int32)
     batch = jax.eval_shape(
         lambda batch: train_step.with_dropout(batch, run.cfg, jax.random.key(0), label_ids), batch
     )
@@ -279,13 +283,15 @@ def of_settings(settings: Mapping[str, Any], mesh: jax.sharding.Mesh, labels: in
             "PACK_LENGTH 'auto' is chosen by the data, which a dry run does not read; give it the "
             "row length that the run says"
         )
+    label_length = 0
     if pack:
         longest = [np.ones(lengths[f], np.int32) for f in ("inputs", "targets")]
         full = data.Examples("full", [longest[0]], [longest[1]], [{}], {})
         slots = prompted.slots(cfg.vocab_size, length)
         over = mesh.shape["data"] * microbatches
+        label_length = lengths["targets"] if labels else 0
         rows, width, targets = packing.Packing(
-            [full], [1.0], settings["batch_size"], 0, slots, pack, over
+            [full], [1.0], settings["batch_size"], 0, slots, pack, over, label_length=label_length
         ).shape
     return Run(
         cfg=cfg,
@@ -299,6 +305,7 @@ def of_settings(settings: Mapping[str, Any], mesh: jax.sharding.Mesh, labels: in
         packed=bool(pack),
         microbatches=microbatches,
         labels=labels,
+        label_length=label_length,
         trainable=tuple(settings["trainable"]),
         frozen=tuple(settings["frozen"]),
     )

@@ -17,14 +17,27 @@ def _einsum(spec: str, x: Array, y: Array, dtype: Any) -> Array:
 
     XLA's CPU backend has kernels for bfloat16 operands (AVX512-BF16, AMX: twice as fast as
     float32) only where the result is float32, the output's last axis comes from the second
-    operand, and both operands have one type.
+    operand, both operands have one type, and the axes that both share with the output lead.
     """
     operands, out = spec.split("->")
     of_x, of_y = operands.split(",")
     if out[-1] not in of_y:
-        spec, x, y = f"{of_y},{of_x}->{out}", y, x
-    kept = jnp.float32 if jax.default_backend() == "cpu" else dtype
-    return jnp.einsum(spec, x, y, preferred_element_type=kept).astype(dtype)
+        of_x, of_y, x, y = of_y, of_x, y, x
+    if jax.default_backend() != "cpu":
+        return jnp.einsum(f"{of_x},{of_y}->{out}", x, y, preferred_element_type=dtype)
+    shared = [axis for axis in of_x if axis in of_y and axis in out]
+    in_front, behind = (_leading(shared, axes) for axes in (of_x, out))
+    if x.dtype == jnp.bfloat16 and in_front != of_x:
+        x = jnp.einsum(f"{of_x}->{in_front}", x)
+        y = jnp.einsum(f"{in_front},{of_y}->{behind}", x, y, preferred_element_type=jnp.float32)
+        return jnp.einsum(f"{behind}->{out}", y.astype(dtype))
+    y = jnp.einsum(f"{of_x},{of_y}->{out}", x, y, preferred_element_type=jnp.float32)
+    return y.astype(dtype)
+
+
+def _leading(first: list[str], axes: str) -> str:
+    """The axes with those of `first` before all others."""
+    return "".join([*first, *(axis for axis in axes if axis not in first)])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))

@@ -7,6 +7,7 @@ V vocabulary rows, A heads, D head width.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,11 @@ Array = jax.Array
 Before = Callable[[int, Array], Array]
 
 MASKED = -1e10
+
+
+def _where_not(mask: Array, dtype: Any) -> Array:
+    """What is added to logits to attend to nothing but `mask`; float16 has no number as low."""
+    return jnp.where(mask, 0.0, max(MASKED, float(jnp.finfo(dtype).min) / 2))
 
 
 class TokenEmbedder(nn.Module):
@@ -95,7 +101,7 @@ class Encoder(nn.Module):
         place of `x`.
         """
         positions = jnp.arange(x.shape[1])
-        bias = self.relpos_bias(positions, positions) + jnp.where(mask, 0.0, MASKED)
+        bias = self.relpos_bias(positions, positions) + _where_not(mask, self.cfg.dtype)
         rate = self.cfg.dropout_rate
         ends, *kept = dropout.of_encoder(dropout_masks, self.cfg, x.shape[1])
         x = drop(x, ends.attended, rate)
@@ -131,7 +137,7 @@ class Decoder(nn.Module):
     ) -> Array:
         """Normed output `[B, L, H]` for embedded targets `[B, L, H]` and `encoded` `[B, T, H]`."""
         positions = jnp.arange(y.shape[1])
-        bias = self.relpos_bias(positions, positions) + jnp.where(mask, 0.0, MASKED)
+        bias = self.relpos_bias(positions, positions) + _where_not(mask, self.cfg.dtype)
         cross_bias = jnp.where(cross_mask, 0.0, MASKED)
         rate = self.cfg.dropout_rate
         ends, *kept = dropout.of_decoder(dropout_masks, self.cfg, y.shape[1], encoded.shape[1])
@@ -156,7 +162,7 @@ class Decoder(nn.Module):
         length = cache[0][0].shape[2]
         positions = jnp.arange(length)
         bias = self.relpos_bias(index[None], positions)
-        bias = bias + jnp.where(positions <= index, 0.0, MASKED)
+        bias = bias + _where_not(positions <= index, self.cfg.dtype)
         cross_bias = jnp.where(cross_mask, 0.0, MASKED)
         updated = []
         for layer, cached, source in zip(self.layers, cache, cross, strict=True):

@@ -87,6 +87,22 @@ def test_int8_weights_give_the_loss_and_gradient_of_their_values(tiny, pairs, ti
     assert not np.array_equal(grad, gradient(tiny, batch)[1]), "rounding shows"
 
 
+@pytest.mark.parametrize("label_ids", [None, np.array([[5, 1], [9, 1]], np.int32)])
+def test_int8_weights_train_in_bfloat16(tiny, pairs, label_ids):
+    """With so few targets cross-attention makes no keys and values, by other products."""
+    batch = batch_of(tiny, pairs)
+    if label_ids is not None:
+        batch = {**batch, "targets": np.array([[5, 1], [9, 1], [9, 1], [5, 1]], np.int32)}
+    assert t5_layers.few(tiny.cfg, batch["targets"].shape[1])
+    narrow, same = rounded(tiny)
+    cfg = dataclasses.replace(tiny.cfg, dtype=jnp.bfloat16)
+    narrow = dataclasses.replace(narrow, cfg=cfg)
+    loss, grad = gradient(narrow, batch, label_ids=label_ids)
+    expected_loss, expected = gradient(same, batch, label_ids=label_ids)
+    np.testing.assert_allclose(loss, expected_loss, rtol=0.02)
+    assert np.corrcoef(np.ravel(grad), np.ravel(expected))[0, 1] > 0.98
+
+
 def test_every_matrix_is_int8_once_loaded(tiny, tmp_path):
     native.save(tmp_path, Stored.of("tiny", tiny.cfg, tiny.params, tiny.vocabulary))
     loaded = backbones.load(tmp_path, "bfloat16", mesh=tiny.mesh, weights="int8")

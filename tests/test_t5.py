@@ -9,7 +9,7 @@ import pytest
 from conftest import GOLDENS, TINY, golden
 
 from softprompt import backbone as backbones
-from softprompt import losses, partition, t5, t5_config, t5_layers, tree
+from softprompt import losses, partition, products, t5, t5_config, t5_layers, tree
 from softprompt.prompted import PromptedT5
 
 
@@ -227,3 +227,49 @@ def test_cross_entropy_masks_padding_and_divides_nothing():
 
 def test_decoder_inputs_start_with_padding():
     np.testing.assert_array_equal(losses.shift_right(jnp.array([[4, 5, 1]])), [[0, 4, 5]])
+
+
+SPECS = (
+    ("btk,kn->btn", (3, 5, 8), (8, 6)),
+    ("baqd,basd->baqs", (3, 2, 4, 8), (3, 2, 5, 8)),
+    ("baqd,ahd->baqh", (3, 2, 4, 8), (2, 16, 8)),
+    ("baqh,ahd->baqd", (3, 2, 4, 16), (2, 16, 8)),
+    ("baqd,adh->baqh", (3, 2, 4, 8), (2, 8, 16)),
+    ("baqh,bhs->baqs", (3, 2, 4, 16), (3, 16, 5)),
+    ("baqs,bsh->baqh", (3, 2, 4, 5), (3, 5, 16)),
+)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("spec, of_x, of_y", SPECS)
+def test_a_product_by_itself_and_its_gradients_are_those_of_einsum(spec, of_x, of_y, dtype):
+    out = jax.eval_shape(lambda x, y: jnp.einsum(spec, x, y), jnp.ones(of_x), jnp.ones(of_y)).shape
+    x, y, weights = (
+        jax.random.normal(jax.random.key(i), shape, dtype)
+        for i, shape in enumerate((of_x, of_y, out))
+    )
+
+    def ours(x, y):
+        return (products.product(spec, x, y, dtype) * weights).sum()
+
+    def plain(x, y):
+        return (jnp.einsum(spec, x, y) * weights).sum()
+
+    found = jax.jit(jax.value_and_grad(ours, argnums=(0, 1)))(x, y)
+    wide = [a.astype(jnp.float32) for a in (x, y)]
+    expected = jax.value_and_grad(plain, argnums=(0, 1))(*wide)
+    near = 1e-5 if dtype == jnp.float32 else 0.02
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=near, atol=near * np.abs(b).max() + 10 * near)
+
+
+def test_a_padded_row_is_a_number_in_float16_too(tiny):
+    flat = tree.unflatten(tiny.params)
+    ids = np.array([[5, 9, 7, 1], [8, 1, 0, 0], [0, 0, 0, 0]], np.int32)
+    targets = np.array([[4, 6, 1]] * 3, np.int32)
+    wide = PromptedT5(tiny.cfg).apply({"params": flat}, ids, targets)
+    narrow = PromptedT5(dataclasses.replace(tiny.cfg, dtype=jnp.float16))
+    params = jax.tree.map(lambda x: x.astype(jnp.float16), flat)
+    found = narrow.apply({"params": params}, ids, targets)
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(found[:2], wide[:2], atol=0.02 * np.abs(wide).max())
