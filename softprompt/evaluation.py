@@ -188,6 +188,13 @@ class Predictor:
             raise ValueError(
                 f"the backbone {backbone.name!r} has no vocabulary to predict text with"
             )
+        if temperature > 0 and beams > 1:
+            raise ValueError(
+                f"the temperature is {temperature:g} and there are {beams} beams: texts are either "
+                f"sampled or searched for, so leave out one of the two"
+            )
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p is {top_p:g}, expected more than 0 and at most 1")
         self.backbone = backbone
         self.mode = mode
         self.prefix = tuple(prefix)

@@ -114,6 +114,11 @@ def infer(
     check_settings(dtype, lengths, BATCH_SIZE=(batch_size, 1), BEAMS=(beams, 1), TOP_K=(top_k, 0))
     check_numbers(TEMPERATURE=(temperature, 0), TOP_P=(top_p, 0))
     rows = list(track(records.read(input_file), f"reading {input_file}", "rows"))
+    if taken := [row.where for row in rows if "prediction" in row]:
+        raise ValueError(
+            f"{taken[0]}: the row has a field 'prediction', which the output would have twice; "
+            f"give it another name"
+        )
     if prompts is None:
         named = _Named([prompt_file], [template], [labels], [0] * len(rows))
     else:

@@ -111,7 +111,8 @@ def read(folder: pathlib.Path, words: analysis.Words | None = None) -> Run:
     if not facts and portrait:
         facts = dict(portrait["prompts"][0]["metadata"])
     weights = read_weights(folder, facts)
-    ensembles = _ensembles(folder, files)
+    # Of an evaluation that was no ensemble's, others in the same folder say nothing.
+    ensembles = _ensembles(folder, files) if trains or "ensemble" in facts or not facts else {}
     if ensembles and not trains:
         several = len(ensembles) > 1
         evaluations = [

@@ -149,6 +149,9 @@ def test_a_file_votes_once(tmp_path):
     ('{"text": "a"}', ["--gin.OUTPUT_FILE=FOLDER"], "is a folder, expected a file"),
     ('{"text": "a"}', ["--gin.OUTPUT_FILE=FOLDER/rows.jsonl/x"], "cannot write"),
     ('{"text": "a"}', ["--gin.TEMPERATURE=hot"], "TEMPERATURE is 'hot', expected a number"),
+    ('{"text": "a"}', ["--gin.TEMPERATURE=1", "--gin.BEAMS=4"], "sampled or searched for"),
+    ('{"text": "a"}', ["--gin.TOP_P=1.5"], "top_p is 1.5, expected more than 0"),
+    ('{"text": "a", "prediction": "b"}', [], "rows.jsonl:1: the row has a field 'prediction'"),
     ('{"text": "a", "x": "\\ud83d"}', [], "rows.jsonl:1: half of a surrogate pair is no text"),
     ('{"text": "a", "prompt": "' + 300 * "p" + '"}', ["--gin_file=runs/mixed_infer.gin"],
      "which is neither a"),
@@ -162,6 +165,7 @@ def test_what_infer_cannot_do_is_a_sentence(tmp_path, capsys, line, flags, messa
         f"--gin.OUTPUT_FILE={tmp_path / 'out.jsonl'}", *flags,
     ]) == 2  # fmt: skip
     assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("out.jsonl*"))
 
 
 @pytest.mark.parametrize("files, names", [

@@ -220,6 +220,15 @@ def test_an_evaluations_report_has_its_figures_and_predictions(tmp_path):
     assert "method probe" in said and "accuracy 62.5" in said and "1 differ from it" in said
 
 
+def test_an_evaluation_beside_an_ensembles_has_its_own_figures(tmp_path):
+    for task, facts in (("many", {"ensemble": {"accuracy": 55.0}}), ("one", {"accuracy": 52.5})):
+        (tmp_path / f"{task}.json").write_text(json.dumps(facts))
+        write_lines(tmp_path / "predictions" / f"{task}.jsonl", [{"prediction": "a"}])
+    (tmp_path / "run.json").write_text(json.dumps({"task": "one", "split": "validation"}))
+    found = runs.read(tmp_path)
+    assert list(found.evaluations) == [{"accuracy": 52.5}] and not found.ensembles
+
+
 def test_the_command_writes_a_report_again(run, capsys):
     assert main(["report", str(run)]) == 0
     assert f"{run}/report.html written" in capsys.readouterr().out
