@@ -358,13 +358,18 @@ def _gin_bindings(args: argparse.Namespace) -> list[tuple[str, str]]:
     return bindings
 
 
+def _listed(value: str) -> list[str]:
+    """What a flag lists, with or without blanks behind its commas."""
+    return [part.strip() for part in value.split(",")]
+
+
 def _user_data(args: argparse.Namespace) -> list[tuple[str, str]]:
     """The flags for a user's own data, as gin bindings."""
     bindings = []
     for flag, macro in USER_DATA_FLAGS.items():
         value = getattr(args, flag, None)
         if value is not None:
-            bindings.append((macro, repr(value.split(",")) if flag == "labels" else repr(value)))
+            bindings.append((macro, repr(_listed(value)) if flag == "labels" else repr(value)))
     if any(getattr(args, f"{split}_file", None) for split in ("train", "validation", "test")):
         bindings.append(("MIXTURE_OR_TASK_NAME", repr(args.task_name)))
         if args.command == "transfer":
@@ -425,7 +430,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.command in ("analyse", "analyze"):
             from softprompt import portrait
 
-            labels = args.labels.split(",") if args.labels else None
+            labels = _listed(args.labels) if args.labels else None
             found = portrait.run(
                 args.paths, args.backbone, args.output_dir, args.vocabulary_file,
                 args.neighbours, args.metric, labels, args.initial,

@@ -126,14 +126,7 @@ def probe(
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    chosen = np.random.default_rng(seed).permutation(len(train))[:most]
-    part = data.Examples(
-        train.name,
-        [train.inputs[i] for i in chosen],
-        [train.targets[i] for i in chosen],
-        [train.records[i] for i in chosen],
-        train.cut,
-    )
+    part = train.take(np.random.default_rng(seed).permutation(len(train))[:most])
     targets = target_texts(part, backbone.vocabulary)
     if len(set(targets)) == 1:
         return [targets[0]] * len(task.examples), 0
