@@ -1,9 +1,11 @@
 """Files of arrays: written atomically, read with their content checked.
 
 One format, safetensors with JSON metadata, serves prompts, training checkpoints and backbones. The
-metadata carries a SHA-256 of the arrays, so a torn or altered file is found when it is read.
+metadata carries a SHA-256 of the arrays and one of itself, so a torn or altered file is found when
+it is read.
 """
 
+import contextlib
 import csv
 import hashlib
 import json
@@ -11,7 +13,7 @@ import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -21,8 +23,15 @@ from safetensors import numpy as safetensors_numpy
 
 from softprompt import hosts, partition
 
+try:
+    import fcntl
+except ImportError:  # Windows has none.
+    fcntl = None
+
 Path = str | os.PathLike
 FORMAT_VERSION = 1
+# The digest of the other metadata. Files of earlier versions lack it.
+METADATA_DIGEST = "metadata_sha256"
 
 
 class CorruptFile(ValueError):
@@ -40,6 +49,7 @@ def write(path: Path, arrays: Mapping[str, Any], metadata: Mapping[str, Any]) ->
     header = {key: json.dumps(value, sort_keys=True) for key, value in metadata.items()}
     header["format_version"] = json.dumps(FORMAT_VERSION)
     header["sha256"] = json.dumps(_hash(arrays))
+    header[METADATA_DIGEST] = json.dumps(_hash_texts(header))
     write_atomically(path, _sort_header(safetensors_numpy.save(arrays, metadata=header)))
 
 
@@ -104,7 +114,7 @@ class Arrays:
             raise CorruptFile(
                 f"{self._path!r} carries no checksum: it was not written by softprompt"
             )
-        self.metadata = {name: json.loads(text) for name, text in texts.items()}
+        self.metadata = _parse(self._path, texts)
         if self.metadata["format_version"] > FORMAT_VERSION:
             raise ValueError(
                 f"{self._path!r} has format version {self.metadata['format_version']}, this "
@@ -114,6 +124,22 @@ class Arrays:
     def read(self, name: str) -> np.ndarray:
         """One array, its content not yet checked."""
         return read_tensor(self._path, name)
+
+
+def _parse(path: str, texts: Mapping[str, str]) -> dict[str, Any]:
+    """The metadata of a file from their texts, without their digest, which is checked if there."""
+    texts = dict(texts)
+    digest = texts.pop(METADATA_DIGEST, None)
+    if digest is not None and digest != json.dumps(_hash_texts(texts)):
+        raise CorruptFile(f"{path!r} is corrupt: its metadata does not fit its checksum")
+    try:
+        metadata = {name: json.loads(text) for name, text in texts.items()}
+    except ValueError as error:
+        raise CorruptFile(f"{path!r} is corrupt: its metadata is no JSON: {error}") from None
+    version = metadata.get("format_version")
+    if not isinstance(version, int):
+        raise CorruptFile(f"{path!r} is corrupt: its format_version is {version!r}, no number")
+    return metadata
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -178,7 +204,44 @@ def _hash(arrays: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
+def _hash_texts(texts: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()
+
+
 # --- training checkpoints -----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def locked(model_dir: Path | None) -> Iterator[None]:
+    """Keeps other runs out of MODEL_DIR by a lock on its file `.lock`; None locks nothing.
+
+    The first of several processes holds it. It ends with its process, however that ends. Where
+    files cannot be locked (Windows, some network disks) a run goes without.
+
+    Raises:
+      ValueError: another run holds it, or MODEL_DIR cannot be written to.
+    """
+    with contextlib.ExitStack() as held:
+        if model_dir is not None and fcntl is not None:
+            hosts.shared(lambda: _lock(pathlib.Path(model_dir) / ".lock", held))
+        yield
+
+
+def _lock(path: pathlib.Path, held: contextlib.ExitStack) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = held.enter_context(open(path, "ab"))
+    except OSError as error:
+        raise ValueError(f"cannot write {str(path)!r}: {error.strerror}") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"another run is writing to MODEL_DIR {str(path.parent)!r}: wait until it ends, or "
+            f"use another MODEL_DIR"
+        ) from None
+    except OSError:  # This disk knows no locks.
+        pass
 
 
 def differences(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
@@ -209,13 +272,18 @@ def steps(model_dir: Path) -> list[int]:
 
 
 def save_state(model_dir: Path, state: Any, metadata: Mapping[str, Any], keep: int) -> None:
-    """Saves a train state (a pytree with a `step` leaf) and removes all but the last `keep`."""
+    """Saves a train state (a pytree with a `step` leaf) and removes all but the last `keep`.
+
+    Files of later steps go too: the run came back from them, since they were corrupt.
+    """
     names, leaves, _ = _names(state)
     step = int(state["step"])
     write(step_path(model_dir, step), dict(zip(names, leaves, strict=True)), metadata)
     if hosts.first():
-        for old in steps(model_dir)[:-keep]:
-            step_path(model_dir, old).unlink(missing_ok=True)
+        found = steps(model_dir)
+        kept = [at for at in found if at <= step][-keep:]
+        for at in set(found) - set(kept):
+            step_path(model_dir, at).unlink(missing_ok=True)
 
 
 def restore_state(model_dir: Path, template: Any, say=print) -> tuple[Any, dict[str, Any]] | None:

@@ -1,17 +1,20 @@
 """Where a run's figures go: lines on the terminal, JSON Lines, TensorBoard events."""
 
+import contextlib
 import json
 import os
 import pathlib
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from softprompt import checkpoint, hosts
 
 Item = TypeVar("Item")
+# The files that a run resumes, and what each of their lines holds.
+FIGURES = {"train.jsonl": ("step", "loss"), "eval/metrics.jsonl": ("step",)}
 # Seconds between two drawings of a bar, and between two lines of a log.
 REDRAW = 0.2
 SPEAK = 30.0
@@ -128,6 +131,9 @@ class Logbook:
     """Figures by step, in `<model_dir>/<name>.jsonl` and TensorBoard, cut back when a run resumes.
 
     With `model_dir` None nothing is written, nor by any but the first of several processes.
+
+    Raises:
+      ValueError: `model_dir` holds files of these names that no run wrote; they stay as they are.
     """
 
     def __init__(self, model_dir: str | os.PathLike | None, start: int):
@@ -138,8 +144,7 @@ class Logbook:
         self._said = ("", "")
         self._drawn = 0.0
         if self.folder is not None:
-            for path in (self.folder / "train.jsonl", self.folder / "eval" / "metrics.jsonl"):
-                _cut_after(path, start)
+            _cut_after(_read_figures(self.folder), start)
 
     def write(self, name: str, step: int, figures: Mapping[str, float]) -> None:
         """Appends figures at `step` to `<name>.jsonl` and to the TensorBoard events."""
@@ -212,15 +217,36 @@ class Logbook:
             self._events.close()
 
 
-def _cut_after(path: pathlib.Path, step: int) -> None:
-    """Drops lines of steps after `step`, and a torn last line: a resumed run rewrites them."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:
-            continue
-    checkpoint.write_atomically(path, "".join(kept).encode())
+def check_figures(model_dir: str | os.PathLike) -> None:
+    """Raises where a file in MODEL_DIR has a log's name but was not written by a run."""
+    _read_figures(pathlib.Path(model_dir))
+
+
+def _read_figures(folder: pathlib.Path) -> dict[pathlib.Path, list[tuple[int, str]]]:
+    """The step and the text of each line of a run's files; a torn last line is left out."""
+    paths = {folder / name: keys for name, keys in FIGURES.items()}
+    return {path: _read_lines(path, keys) for path, keys in paths.items() if path.exists()}
+
+
+def _read_lines(path: pathlib.Path, keys: Sequence[str]) -> list[tuple[int, str]]:
+    *lines, last = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    found = []
+    for number, line in enumerate([*lines, last] if last else lines, 1):
+        row = None
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+        if isinstance(row, dict) and all(isinstance(row.get(key), int | float) for key in keys):
+            found.append((row["step"], line))
+        elif row is not None or number <= len(lines):
+            raise ValueError(
+                f"{str(path)!r} is not one that a run wrote: line {number} is no object with "
+                f"{' and '.join(keys)}; use another MODEL_DIR, or move the file elsewhere"
+            )
+    return found
+
+
+def _cut_after(files: Mapping[pathlib.Path, list[tuple[int, str]]], step: int) -> None:
+    """Drops lines of steps after `step`: a resumed run rewrites them."""
+    for path, lines in files.items():
+        kept = "".join(f"{line}\n" for at, line in lines if at <= step)
+        checkpoint.write_atomically(path, kept.encode())

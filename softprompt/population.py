@@ -7,6 +7,7 @@ evaluation, patience and checkpoints are each member's own, and so is its folder
 `train.fit` leaves, and either of the two goes on with what the other left.
 """
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -109,19 +110,25 @@ class _Run:
         self._everywhere = partition.replicated(backbone.mesh)
         prompt = jax.device_put(np.asarray(member.prompt, np.float32), self._everywhere)
         self.state = train_step.init_state({PROMPT: prompt}, member.optimizer, backbone.mesh)
-        self.best: dict[str, Any] = {"step": 0, "metric": None, "waited": 0, "metrics": {}}
-        folder = member.model_dir
-        if folder is not None and (restored := checkpoint.restore_state(folder, self.state, say)):
+        self.best: dict[str, Any] = train.UNJUDGED
+        folder, restored = member.model_dir, None
+        if folder is not None:
+            restored = checkpoint.restore_state(folder, self.state, say)
+        if restored:
             self.state, self.best = restored[0], restored[1]["best"]
             at, ours = int(self.state["step"]), dict(member.identity or {})
             train.check_identity(restored[1]["identity"], ours, folder, at, member.train_steps)
-            say(f"{member.name}: resuming from step {int(self.state['step'])}")
-        elif folder is not None and member.save:
-            prompt = np.asarray(member.prompt, np.float32)
-            self._save_prompt("initial", {PROMPT: prompt}, {"step": 0})
-        self.step = self._start = int(self.state["step"])
+            say(f"{member.name}: resuming from step {at}")
+        self.step = self._saved = int(self.state["step"])
         self._log = Logbook(folder, self.step)
-        self._best_trained = train._load_best(folder, self.best) if self.best["step"] else None
+        if not restored and folder is not None and member.save:
+            prompt = np.asarray(member.prompt, np.float32)
+            member.save(pathlib.Path(folder) / "prompts" / "initial", {PROMPT: prompt}, {"step": 0})
+        self._best_trained = None
+        if self.best["step"]:
+            self.best, self._best_trained = train.restore_best(
+                folder, self.best, {PROMPT}, member.save
+            )
         self.result: Result | None = None
         self._stream = member.batches(self.step)
         self.batch = dict(next(self._stream))
@@ -154,11 +161,11 @@ class _Run:
         """Saves what there is to save, and fetches the result from the device."""
         member, now = self.member, self._trained()
         self.status = status
-        if status in (FINISHED, EARLY) and self.step > self._start:
-            self._save_checkpoint()
+        if status in (FINISHED, EARLY):
+            if self.step > self._saved:
+                self._save_checkpoint()
             if member.save and member.model_dir is not None and not member.evaluate:
-                for name in (str(self.step), "best"):
-                    self._save_prompt(name, now, {"step": self.step})
+                train.save_unjudged(member.model_dir, member.save, now, self.step, self.best)
         self._log.close()
         stopped = status == INTERRUPTED
         self.result = Result.of(self.step, now, self.best, self._best_trained, stopped)
@@ -171,9 +178,7 @@ class _Run:
         if member.model_dir is not None:
             about = {"best": self.best, "identity": member.identity or {}}
             checkpoint.save_state(member.model_dir, self.state, about, member.keep)
-
-    def _save_prompt(self, name: str, trained: dict[str, np.ndarray], note: dict[str, Any]) -> None:
-        self.member.save(pathlib.Path(self.member.model_dir) / "prompts" / name, trained, note)
+        self._saved = self.step
 
     def after(self, stopping: bool) -> float | None:
         """What is due after the step just taken; returns the mean loss if it was read."""
@@ -221,7 +226,7 @@ class _Run:
         now = self._trained()
         if self.best["step"] == step:
             self._best_trained = now
-        if member.save and member.model_dir is not None:
+        if member.model_dir is not None:
             train.save_evaluated(member.model_dir, member.save, now, step, figures, self.best)
 
 
@@ -369,14 +374,21 @@ def fit(backbone: Backbone, members: Sequence[Member]) -> list[Outcome]:
 
     Raises:
       ValueError: two members of one name, a prompt of another width, or a folder that holds another
-        run.
+        run or is written to by one.
     """
     names = [member.name for member in members]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"two members of the population have the name {', '.join(twice)}")
     if not names:
         raise ValueError("the population has no members")
-    runs = [_Run(member, backbone) for member in members]
+    with contextlib.ExitStack() as folders:
+        for member in members:
+            folders.enter_context(train.own_folder(member.model_dir))
+        return _train([_Run(member, backbone) for member in members], backbone)
+
+
+def _train(runs: Sequence[_Run], backbone: Backbone) -> list[Outcome]:
+    """Takes the steps of all runs until each has ended, or SIGTERM ends them."""
     meter = throughput.Meter(backbone.cfg, 2, backbone.mesh.size)
     groups = _grouped(runs, backbone)
     running = [run for run in runs if run.status == RUNNING]

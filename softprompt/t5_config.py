@@ -93,6 +93,6 @@ SIZES = {
 
 def config(size: str, dropout_rate: float = 0.0, dtype: Any = jnp.float32) -> T5Config:
     """The configuration of a named size (a key of `SIZES`)."""
-    if size not in SIZES:
+    if not isinstance(size, str) or size not in SIZES:
         raise ValueError(f"unknown T5 size {size!r}; choose one of {', '.join(SIZES)}")
     return dataclasses.replace(SIZES[size], dropout_rate=dropout_rate, dtype=jnp.dtype(dtype))

@@ -2,11 +2,14 @@
 
 import contextlib
 import dataclasses
+import functools
+import inspect
+import math
 import os
 import pathlib
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import jax
@@ -26,12 +29,15 @@ from softprompt import (
     tree,
 )
 from softprompt.backbone import Backbone, prompt_layout
-from softprompt.logbook import Logbook, say
+from softprompt.formats import prompts as prompt_files
+from softprompt.logbook import Logbook, check_figures, say
 from softprompt.prompted import PromptedT5
 from softprompt.reparameterise import Mlp
 
 PROMPT = "prompt/bank"
 DEEP = "prompt/deep"
+# What is known of the best evaluation before there was one.
+UNJUDGED = {"step": 0, "metric": None, "waited": 0, "metrics": {}}
 
 
 class Diverged(ValueError):
@@ -65,7 +71,8 @@ class Result:
         at = best["step"]
         if best_trained is None:
             best_trained, at = trained, step
-        return cls(step, trained, best_trained, at, best["metric"], best["metrics"], interrupted)
+        metrics = dict(best["metrics"])
+        return cls(step, trained, best_trained, at, best["metric"], metrics, interrupted)
 
 
 def check_trainable(trained: tree.Flat) -> None:
@@ -101,6 +108,28 @@ def _termination() -> Iterator[Callable[[int], bool]]:
         signal.signal(signal.SIGTERM, before)
 
 
+@contextlib.contextmanager
+def own_folder(model_dir: str | os.PathLike | None) -> Iterator[None]:
+    """MODEL_DIR as this run's alone, if what lies there is a run's: see `checkpoint.locked`."""
+    if model_dir is not None:
+        hosts.shared(lambda: check_figures(model_dir))
+    with checkpoint.locked(model_dir):
+        yield
+
+
+def _in_own_folder(fit: Callable[..., Result]) -> Callable[..., Result]:
+    """`fit` within `own_folder` of its `model_dir`."""
+
+    @functools.wraps(fit)
+    def run(*args, **kwargs) -> Result:
+        arguments = inspect.signature(fit).bind(*args, **kwargs).arguments
+        with own_folder(arguments.get("model_dir")):
+            return fit(*args, **kwargs)
+
+    return run
+
+
+@_in_own_folder
 def fit(
     backbone: Backbone,
     batches: Callable[[int], Iterator[Mapping[str, np.ndarray]]],
@@ -153,6 +182,8 @@ def fit(
     Raises:
       Diverged: the loss was not finite; the message names the step. What was trained before it
         is saved.
+      ValueError: settings that do not fit the backbone, or a MODEL_DIR that another run writes to
+        or that holds something else.
     """
     rows = 0 if prompt is None else len(prompt)
     module = PromptedT5(backbone.cfg, rows)
@@ -173,17 +204,20 @@ def fit(
     check_trainable(trained)
     trained = {path: x.astype(jnp.float32) for path, x in trained.items()}
     state = train_step.init_state(trained, optimizer, backbone.mesh)
-    best = {"step": 0, "metric": None, "waited": 0, "metrics": {}}
-    if model_dir is not None and (restored := checkpoint.restore_state(model_dir, state, say)):
+    best, restored = UNJUDGED, None
+    if model_dir is not None:
+        restored = checkpoint.restore_state(model_dir, state, say)
+    if restored:
         state, best = restored[0], restored[1]["best"]
         at = int(state["step"])
         check_identity(restored[1]["identity"], dict(identity or {}), model_dir, at, train_steps)
-        say(f"resuming from step {int(state['step'])} of {model_dir}")
-    elif model_dir is not None and save and prompt is not None:
+        say(f"resuming from step {at} of {model_dir}")
+    start = int(state["step"])
+    log = Logbook(model_dir, start)
+    if not restored and model_dir is not None and save and prompt is not None:
         # What drift is measured from: see `analysis`.
         start_of = pathlib.Path(model_dir) / "prompts" / "initial"
         save(start_of, {PROMPT: np.asarray(prompt, np.float32)}, {"step": 0})
-    start = int(state["step"])
     step_fn = train_step.jit_step(
         train_step.make_step(
             module,
@@ -196,7 +230,6 @@ def fit(
             microbatches,
         )
     )
-    log = Logbook(model_dir, start)
     whole = any(not path.startswith("prompt/") for path in trained)
     shards = backbone.mesh.shape["data"]
     own = partition.local_rows(backbone.mesh, shards)
@@ -204,7 +237,6 @@ def fit(
     meter = throughput.Meter(
         backbone.cfg, 3 if whole else 2, backbone.mesh.size, (own.stop - own.start) / shards
     )
-    best_trained = hosts.shared(lambda: _load_best(model_dir, best)) if best["step"] else None
 
     def parameters() -> tree.Flat:
         return collapse({**fixed, **state["trainable"]})
@@ -212,6 +244,11 @@ def fit(
     # A prompt of which a part trains is kept whole.
     prompts = [k for k in params if k.startswith("prompt/")]
     kept = {*trained, *(prompts if any(k in trained for k in prompts) else ())}
+    best_trained = None
+    if best["step"]:
+        names = kept & parameters().keys()
+        best, best_trained = hosts.shared(lambda: restore_best(model_dir, best, names, save))
+    saved = start
 
     def trained_now() -> dict[str, np.ndarray]:
         return {k: hosts.fetch(x) for k, x in parameters().items() if k in kept}
@@ -271,22 +308,22 @@ def fit(
                 best = better_of(best, step, figures, best_metric)
                 if best["step"] == step:
                     best_trained = trained_now()
-                if save and model_dir is not None:
+                if model_dir is not None:
                     now = best_trained if best["step"] == step else trained_now()
                     save_evaluated(model_dir, save, now, step, figures, best)
             if due_save or stop:
                 save_checkpoint()
+                saved = step
             if due_eval or due_save:
                 meter.restart()
             if stop and not last:
                 say(f"stopped by SIGTERM after step {step}; the same command goes on from here")
                 return finish(step, interrupted=True)
     step = int(state["step"])
-    if step > start:
+    if step > saved:
         save_checkpoint()
-        if save and model_dir is not None and not evaluate:
-            for name in (str(step), "best"):
-                save(pathlib.Path(model_dir) / "prompts" / name, trained_now(), {"step": step})
+    if save and model_dir is not None and not evaluate:
+        save_unjudged(model_dir, save, trained_now(), step, best)
     return finish(step)
 
 
@@ -322,7 +359,8 @@ def evaluations(train_steps: int, eval_period: int) -> int:
 def check_resumable(model_dir: Any, identity: Mapping[str, Any], train_steps: int) -> None:
     """Raises where MODEL_DIR holds another run, or this one at a step that it is not to reach.
 
-    By the header of the newest checkpoint: nothing is restored yet, and nothing written.
+    By the header of the newest checkpoint: nothing is restored yet, and nothing written but the
+    lock. Also raises where another run is writing to it, or where what lies there is no run's.
     """
 
     def newest() -> tuple[dict[str, Any], int] | None:
@@ -331,8 +369,9 @@ def check_resumable(model_dir: Any, identity: Mapping[str, Any], train_steps: in
                 return checkpoint.Arrays(checkpoint.step_path(model_dir, step)).metadata, step
         return None
 
-    if found := hosts.shared(newest):
-        check_identity(found[0]["identity"], identity, model_dir, found[1], train_steps)
+    with own_folder(model_dir):
+        if found := hosts.shared(newest):
+            check_identity(found[0]["identity"], identity, model_dir, found[1], train_steps)
 
 
 def check_identity(
@@ -369,20 +408,34 @@ def choose_metric(figures: Mapping[str, float], best_metric: str | None) -> floa
 def better_of(
     best: Mapping[str, Any], step: int, figures: dict[str, float], best_metric: str | None
 ) -> dict[str, Any]:
-    """What is known of the best evaluation, after another one at `step`."""
-    metric = choose_metric(figures, best_metric)
-    if best["metric"] is None or metric > best["metric"]:
+    """What is known of the best evaluation, after another one at `step`; any number beats NaN."""
+    metric, before = choose_metric(figures, best_metric), best["metric"]
+    if before is None or metric > before or (math.isnan(before) and not math.isnan(metric)):
         return {"step": step, "metric": metric, "waited": 0, "metrics": figures}
     return {**best, "waited": best["waited"] + 1}
 
 
 def save_evaluated(model_dir, save, trained, step: int, figures, best: Mapping[str, Any]) -> None:
-    """Saves what was trained when `step` was evaluated, also as the best if `best` is that step."""
+    """Saves what was trained when `step` was evaluated, also as the best if `best` is that step.
+
+    Without `save` (None) only what a resumed run needs: the arrays of the best step.
+    """
     folder, note = pathlib.Path(model_dir) / "prompts", {"step": step, "metrics": figures}
-    save(folder / str(step), trained, note)
+    if save:
+        save(folder / str(step), trained, note)
     if best["step"] == step:
         _save_best(model_dir, trained, best)
-        save(folder / "best", trained, note)
+        if save:
+            save(folder / "best", trained, note)
+
+
+def save_unjudged(model_dir, save, trained, step: int, best: Mapping[str, Any]) -> None:
+    """Saves what was trained by the last step, also as the best if nothing was ever evaluated.
+
+    Also of a run that a kill ended after its last checkpoint, before this.
+    """
+    for name in [str(step)] if best["step"] else [str(step), "best"]:
+        save(pathlib.Path(model_dir) / "prompts" / name, trained, {"step": step})
 
 
 def _check_finite(state: train_step.State, save, model_dir, trained_now) -> None:
@@ -391,9 +444,10 @@ def _check_finite(state: train_step.State, save, model_dir, trained_now) -> None
         return
     kept = ""
     if save and model_dir is not None:
-        path = pathlib.Path(model_dir) / "prompts" / f"{bad - 1}"
-        save(path, trained_now(), {"step": bad - 1})
-        kept = f"; what was trained until then lies in {path}.safetensors"
+        path = pathlib.Path(model_dir) / "prompts" / f"{bad - 1}.safetensors"
+        save(path.with_suffix(""), trained_now(), {"step": bad - 1})
+        if path.is_file():  # Not of a run without a prompt.
+            kept = f"; what was trained until then lies in {path}"
     raise Diverged(f"the loss or its gradient was not finite at step {bad}{kept}")
 
 
@@ -405,8 +459,47 @@ def _save_best(model_dir, trained: dict[str, np.ndarray], best: dict[str, Any]) 
     checkpoint.write(_best_path(model_dir), trained, {"best": best})
 
 
-def _load_best(model_dir, best: dict[str, Any]) -> dict[str, np.ndarray]:
-    arrays, metadata = checkpoint.read(_best_path(model_dir))
-    if metadata["best"]["step"] < best["step"]:
-        raise checkpoint.CorruptFile(f"{_best_path(model_dir)} is older than its checkpoint")
-    return arrays
+def restore_best(
+    model_dir, best: dict[str, Any], names: Set[str], save
+) -> tuple[dict[str, Any], dict[str, np.ndarray] | None]:
+    """What a checkpoint says of the best evaluation, and what was trained by then: `names`.
+
+    If checkpoints/best.safetensors is not that step's, the prompt that was saved at the step takes
+    its place. Without one, a file of a later step, which a kill left before its checkpoint, means
+    that the best step is chosen anew from here.
+
+    Raises:
+      CorruptFile: the file is missing, torn or older, and no prompt takes its place.
+    """
+    path, at = _best_path(model_dir), None
+    try:
+        arrays, metadata = checkpoint.read(path)
+        at = metadata["best"]["step"]
+        if at == best["step"]:
+            return best, arrays
+        reason = f"{str(path)!r} is of step {at}, the best one is {best['step']}"
+    except ValueError as error:
+        reason = str(error)
+    if trained := _saved_prompt(model_dir, best["step"], names):
+        say(f"{reason}; going on with the prompt that was saved at step {best['step']}")
+        save_evaluated(model_dir, save, trained, best["step"], best["metrics"], best)
+        return best, trained
+    if at is not None and at > best["step"]:
+        say(f"{reason}; the best step is chosen anew from here")
+        return UNJUDGED, None
+    raise checkpoint.CorruptFile(
+        f"{reason}; without it the run cannot go on: remove the folder {str(path.parent)!r} to "
+        f"start over"
+    )
+
+
+def _saved_prompt(model_dir, step: int, names: Set[str]) -> dict[str, np.ndarray] | None:
+    """The arrays `names` from a prompt that was saved at `step`, None if there is none."""
+    for name in (str(step), "best"):
+        with contextlib.suppress(ValueError):
+            path = pathlib.Path(model_dir) / "prompts" / f"{name}.safetensors"
+            bank, deep, about = prompt_files.read_deep(path)
+            found = {PROMPT: bank} | ({} if deep is None else {DEEP: deep})
+            if about.get("step") == step and found.keys() == names:
+                return found
+    return None

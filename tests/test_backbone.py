@@ -1,15 +1,17 @@
 """Backbone folders: every type of storage, every way they can be wrong; and freezing patterns."""
 
 import dataclasses
+import json
 import shutil
 
 import numpy as np
 import pytest
+from safetensors import numpy as safetensors_numpy
 
 from softprompt import backbone as backbones
 from softprompt import checkpoint, tree
 from softprompt.formats import Stored, native
-from softprompt.vocabulary import Vocabulary
+from softprompt.vocabulary import Vocabulary, open_vocabulary
 
 
 def saved(tiny, folder, dtype="float32"):
@@ -57,6 +59,10 @@ def test_a_wrong_path_says_what_lies_there(tmp_path):
     with pytest.raises(ValueError, match="the backbone '.*nowhere' .* does not exist"):
         backbones.load(tmp_path / "nowhere")
     (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(ValueError, match="INITIAL_CHECKPOINT_PATH is 3; expected 'embedded', a"):
+        backbones.load(3)
+    with pytest.raises(ValueError, match="VOCABULARY_FILE is 3, expected a path, 'bytes' or"):
+        open_vocabulary(3)
     with pytest.raises(ValueError, match=r"holds no backbone \(it holds: notes.txt\)"):
         backbones.load(tmp_path)
 
@@ -141,6 +147,51 @@ def test_patterns_match_whole_paths(trainable, expected):
 def test_part_of_a_path_is_no_match():
     with pytest.raises(ValueError, match="'prompt' matches no parameter.*prompt/bank"):
         tree.split(FLAT, ("prompt",))
+
+
+def test_a_flipped_bit_in_the_header_is_found(tmp_path):
+    path = tmp_path / "p.safetensors"
+    about = {"best": {"step": 3, "metric": 0.5}}
+    checkpoint.write(path, {"x": np.ones(3, np.float32)}, about)
+    whole = path.read_bytes()
+    unread = whole.index(checkpoint.METADATA_DIGEST.encode())
+    for at in set(range(8, whole.index(b"}}") + 2)) - set(
+        range(unread, unread + len(checkpoint.METADATA_DIGEST))
+    ):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(checkpoint.CorruptFile, match="p.safetensors'"):
+            checkpoint.read(path)
+    path.write_bytes(whole)
+    assert checkpoint.read(path)[1].keys() == {"best", "sha256", "format_version"}
+
+
+def test_a_file_of_an_earlier_version_is_read_and_its_broken_metadata_named(tmp_path):
+    path = tmp_path / "p.safetensors"
+    arrays = {"x": np.ones(3, np.float32)}
+    digest = json.dumps(checkpoint._hash(arrays))
+    about = {"sha256": digest, "format_version": "1", "step": "25"}
+    safetensors_numpy.save_file(arrays, path, about)
+    assert checkpoint.read(path)[1]["step"] == 25
+    for broken in ({"step": "2{"}, {"format_version": '"1"'}):
+        safetensors_numpy.save_file(arrays, path, about | broken)
+        with pytest.raises(checkpoint.CorruptFile, match="p.safetensors' is corrupt: its "):
+            checkpoint.read(path)
+
+
+@pytest.mark.parametrize(
+    "patterns, message",
+    [
+        (None, "FROZEN is None, expected a list"),
+        (3, "FROZEN is 3, expected a list"),
+        (".*", r"FROZEN is '\.\*', expected a list"),
+        ([1], r"FROZEN is \[1\], expected a list"),
+        ([".*", "(x"], r"FROZEN holds '\(x', which is no regular expression: missing \)"),
+    ],
+)
+def test_what_is_no_list_of_patterns_is_refused(patterns, message):
+    tree.check_patterns(TRAINABLE=("prompt/.*",), FROZEN=[])
+    with pytest.raises(ValueError, match=message):
+        tree.check_patterns(FROZEN=patterns)
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_the_old_file(tmp_path, monkeypatch):

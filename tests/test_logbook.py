@@ -161,6 +161,37 @@ def events(folder):
     return found
 
 
+OURS = '{"step": 1, "loss": 2.0}\n'
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("train.jsonl", '{"step": 1, "text": "a fine film"}\n'),
+        ("train.jsonl", '{"text": "a fine film"}'),
+        ("train.jsonl", OURS + "a fine film\n" + OURS),
+        ("eval/metrics.jsonl", '{"accuracy": 50.0}\n'),
+    ],
+)
+def test_a_file_that_no_run_wrote_is_refused_and_stays(tiny, pairs, tmp_path, name, content):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(content)
+    with pytest.raises(ValueError, match=f"{path.name}' is not one that a run wrote: line "):
+        fit(tiny, pairs, tmp_path)
+    with pytest.raises(ValueError, match="is not one that a run wrote"):
+        train.check_resumable(tmp_path, {}, 6)
+    assert path.read_text() == content
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == [path], "nothing else was written"
+
+
+def test_a_log_is_cut_back_to_the_step_and_loses_a_torn_line(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text(OURS + OURS.replace("1", "2") + '{"step": 3, "lo')
+    logbook.Logbook(tmp_path, 1)
+    assert path.read_text() == OURS
+
+
 def test_training_on_a_terminal_moves_a_bar_and_keeps_the_evaluations(
     tiny, pairs, terminal, monkeypatch
 ):

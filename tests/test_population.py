@@ -13,7 +13,18 @@ import pytest
 from conftest import TINY
 
 from softprompt import backbone as backbones
-from softprompt import data, evaluation, lengths, optim, partition, population, prompted, train
+from softprompt import (
+    checkpoint,
+    data,
+    evaluation,
+    lengths,
+    optim,
+    partition,
+    population,
+    prompt,
+    prompted,
+    train,
+)
 from softprompt.population import Member
 
 LENGTHS = {"inputs": 32, "targets": 8}
@@ -237,6 +248,35 @@ def test_stopped_and_killed_it_ends_as_if_it_had_not_been_and_leaves_what_single
     np.testing.assert_allclose([json.loads(line)["loss"] for line in mine], losses, rtol=1e-5)
     # Either goes on with what the other left: here there is nothing left to do.
     assert alone(tiny, made("whole")[0]).step == 6
+
+
+def test_killed_before_its_prompt_a_member_without_evaluation_can_be_finished(
+    tiny, pairs, tmp_path, monkeypatch
+):
+    write, steps = prompt.saver({}, None), []
+
+    def killed(path, trained, note):
+        if path.name != "initial":
+            raise Killed
+        write(path, trained, note)
+
+    save_state = checkpoint.save_state
+    monkeypatch.setattr(
+        checkpoint, "save_state",
+        lambda folder, state, *rest: [steps.append(int(state["step"])),
+                                      save_state(folder, state, *rest)],
+    )  # fmt: skip
+    one = member(tiny, pairs, None, "a", train_steps=1, model_dir=tmp_path, save=write)
+    with pytest.raises(Killed):
+        population.fit(tiny, [dataclasses.replace(one, save=killed)])
+    [again] = population.fit(tiny, [one])
+    saved, _ = prompt.load(tmp_path / "prompts" / "best.safetensors")
+    np.testing.assert_array_equal(saved, again.result.trained[train.PROMPT])
+    assert steps == [1], "written once"
+    with checkpoint.locked(tmp_path), pytest.raises(ValueError, match="another run is writing"):
+        population.fit(tiny, [one])
+    with pytest.raises(ValueError, match="another run is writing"):
+        population.fit(tiny, [one, dataclasses.replace(one, name="b")])
 
 
 def test_mistakes_are_sentences(tiny, pairs):

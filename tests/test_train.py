@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,12 +18,14 @@ from conftest import TINY
 
 from softprompt import backbone as backbones
 from softprompt import (
+    checkpoint,
     data,
     evaluation,
     losses,
     optim,
     packing,
     partition,
+    prompt,
     prompted,
     train,
     train_step,
@@ -172,6 +175,8 @@ def test_a_parameter_without_a_rule_is_an_error(tiny, pairs):
 def keep(saved):
     def save(path, trained, note):
         saved[path.name] = trained[train.PROMPT]
+        path.parent.mkdir(exist_ok=True)
+        path.with_suffix(".safetensors").touch()
 
     return save
 
@@ -193,7 +198,77 @@ def test_a_loss_that_is_not_finite_names_its_step(tiny, pairs, tmp_path):
     np.testing.assert_array_equal(saved["0"], prompt_of(tiny))
 
 
+def test_what_was_not_saved_is_not_told_of(tiny, pairs, tmp_path):
+    optimizer = optim.adafactor(lambda step: jnp.nan)
+    settings = dict(trainable=("decoder/logits_dense/.*",), rows=0, optimizer=optimizer)
+    with pytest.raises(train.Diverged, match="not finite at step 1$"):
+        fit(tiny, pairs, 2, model_dir=tmp_path, save=prompt.saver({}, None), **settings)
+
+
 # --- resuming -----------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    pass
+
+
+def test_two_runs_do_not_share_a_folder(tiny, pairs, tmp_path):
+    with checkpoint.locked(tmp_path):
+        with pytest.raises(ValueError, match="another run is writing to MODEL_DIR '"):
+            fit(tiny, pairs, 1, model_dir=tmp_path)
+        with pytest.raises(ValueError, match="another run is writing"):
+            train.check_resumable(tmp_path, {}, 1)
+    with train.own_folder(tmp_path), pytest.raises(ValueError, match="another run"):
+        fit(tiny, pairs, 1, model_dir=tmp_path)
+    with checkpoint.locked(tmp_path), checkpoint.locked(tmp_path / "other"), train.own_folder(None):
+        pass
+
+
+def test_the_lock_of_a_killed_run_is_free(tmp_path):
+    code = "import fcntl, sys; f = open(sys.argv[1], 'ab'); fcntl.flock(f, 2); print(1, flush=True)"
+    command = [sys.executable, "-c", f"{code}; sys.stdin.read()", str(tmp_path / ".lock")]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with subprocess.Popen(command, **pipes) as process:
+        process.stdout.readline()
+        with pytest.raises(ValueError, match="another run is writing"), checkpoint.locked(tmp_path):
+            pass
+        process.kill()
+    with checkpoint.locked(tmp_path):
+        pass
+
+
+def test_killed_before_its_prompts_a_run_without_evaluation_can_be_finished(
+    tiny, pairs, tmp_path, monkeypatch
+):
+    write, steps = prompt.saver({}, None), []
+
+    def killed(path, trained, note):
+        if path.name != "initial":
+            raise Killed
+        write(path, trained, note)
+
+    save_state = checkpoint.save_state
+    monkeypatch.setattr(
+        checkpoint, "save_state",
+        lambda folder, state, *rest: [steps.append(int(state["step"])),
+                                      save_state(folder, state, *rest)],
+    )  # fmt: skip
+    with pytest.raises(Killed):
+        fit(tiny, pairs, 2, model_dir=tmp_path, save=killed)
+    assert steps == [2], "written once"
+    result = fit(tiny, pairs, 2, model_dir=tmp_path, save=write)
+    for name in ("2", "best"):
+        saved, note = prompt.load(tmp_path / "prompts" / f"{name}.safetensors")
+        np.testing.assert_array_equal(saved, result.trained[train.PROMPT])
+        assert note["step"] == 2
+    assert steps == [2]
+
+
+def test_what_a_run_came_back_from_does_not_take_the_place_of_new_checkpoints(tmp_path):
+    for step in (3, 6, 4):
+        state = {"step": np.int32(step), "x": np.ones(2, np.float32)}
+        checkpoint.save_state(tmp_path, state, {}, 1 if step == 4 else 2)
+    assert checkpoint.steps(tmp_path) == [4]
 
 
 def test_a_resumed_run_ends_bit_identical(tiny, pairs, tmp_path):
@@ -328,6 +403,68 @@ def test_the_best_step_is_kept_and_patience_stops(tiny, pairs):
     result = fit(tiny, pairs, 20, evaluate=evaluate, eval_period=2, patience=2)
     assert (result.step, result.best_step, result.best_metric) == (8, 4, 3.0)
     np.testing.assert_array_equal(result.best[train.PROMPT], seen[4])
+
+
+def test_any_number_is_better_than_nan():
+    best = train.UNJUDGED
+    for step, metric in enumerate((float("nan"), float("nan"), -5.0, float("nan"), 1.0), 1):
+        best = train.better_of(best, step, {"accuracy": metric}, None)
+        assert (best["step"], best["waited"]) == ((1, 0), (1, 1), (3, 0), (3, 1), (5, 0))[step - 1]
+
+
+def judged(tiny, pairs, folder, steps, kill=None, seen=None, **settings):
+    """A run that gets better at every second step, and whose checkpoints are every third."""
+
+    def evaluate(flat, step):
+        if step == kill:
+            raise Killed
+        if seen is not None:
+            seen[step] = np.asarray(flat[train.PROMPT]).copy()
+        return {"accuracy": float(step)}
+
+    return fit(tiny, pairs, steps, model_dir=folder, evaluate=evaluate, eval_period=2,
+               checkpoint_period=3, **settings)  # fmt: skip
+
+
+def test_the_saved_prompt_takes_the_place_of_a_torn_best_file(tiny, pairs, tmp_path, capsys):
+    save, best = prompt.saver({}, None), tmp_path / "checkpoints" / "best.safetensors"
+    first = judged(tiny, pairs, tmp_path, 2, save=save)
+    whole = best.read_bytes()
+    for content in (whole[:-5], None):
+        best.unlink()
+        if content is not None:
+            best.write_bytes(content)
+        again = judged(tiny, pairs, tmp_path, 2, save=save)
+        assert "going on with the prompt that was saved at step 2" in capsys.readouterr().out
+        assert bits(again.best) == bits(first.best) and best.read_bytes() == whole
+    best.unlink()
+    shutil.rmtree(tmp_path / "prompts")
+    with pytest.raises(checkpoint.CorruptFile, match="no such file: .*best.* remove the folder '"):
+        judged(tiny, pairs, tmp_path, 2, save=save)
+
+
+def test_a_best_file_newer_than_its_checkpoint_is_not_taken_for_the_older_step(
+    tiny, pairs, tmp_path
+):
+    save, seen = prompt.saver({}, None), {}
+    with pytest.raises(Killed):
+        judged(tiny, pairs, tmp_path, 8, kill=6, save=save, seen=seen)
+    result = judged(tiny, pairs, tmp_path, 3, save=save)
+    assert (result.step, result.best_step, result.best_metric) == (3, 2, 2.0)
+    np.testing.assert_array_equal(result.best[train.PROMPT], seen[2])
+    # The files are that step's again.
+    for folder in ("checkpoints", "prompts"):
+        [saved] = checkpoint.read(tmp_path / folder / "best.safetensors")[0].values()
+        np.testing.assert_array_equal(saved, seen[2])
+
+
+def test_without_a_prompt_of_the_older_step_the_best_is_chosen_anew(tiny, pairs, tmp_path, capsys):
+    settings = dict(rows=0, trainable=("decoder/logits_dense/.*",))
+    with pytest.raises(Killed):
+        judged(tiny, pairs, tmp_path, 8, kill=6, **settings)
+    result = judged(tiny, pairs, tmp_path, 6, **settings)
+    assert "the best step is chosen anew from here" in capsys.readouterr().out
+    assert (result.best_step, result.best_metric) == (6, 6.0)
 
 
 def test_best_metric_may_be_named_and_minimised():

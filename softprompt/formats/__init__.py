@@ -30,6 +30,8 @@ def open_stored(
     Raises:
       ValueError: nothing there, or nothing that this project reads; the message says what is.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"INITIAL_CHECKPOINT_PATH is {path!r}; expected {READ}")
     if str(path) == "embedded":
         return native.open_stored(native.EMBEDDED, vocabulary_file)
     if "://" in str(path):
