@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from softprompt import checkpoint
+from softprompt.settings import check_counts
 from softprompt.vocabulary import EOS_ID, open_vocabulary, read_documents
 
 MOST_TOKENS = 20_000
@@ -109,22 +110,35 @@ def make(
     window: int = 8,
     seed: int = 0,
 ) -> np.ndarray:
-    """Embeddings of the texts in JSON Lines shards, written to `output` (`.npy`)."""
+    """Embeddings of the texts in JSON Lines shards, written to `output` (`.npy`).
+
+    Raises:
+      ValueError: a number out of its range, a text that cannot be read, or no text at all.
+    """
     from softprompt.logbook import say
 
     if pathlib.Path(output).suffix != ".npy":
         raise ValueError(f"--output is {str(output)!r}, expected a file that ends in .npy")
+    check_counts(width=(width, 1), window=(window, 1), seed=(seed, 0))
     vocabulary = open_vocabulary(vocabulary_file)
+    if width > vocabulary.size:
+        raise ValueError(
+            f"width is {width}, expected at most the vocabulary's size, {vocabulary.size}"
+        )
     pathlib.Path(output).absolute().parent.mkdir(parents=True, exist_ok=True)
 
     def pieces():
         for path in inputs:
             ids = vocabulary.encode_batch(list(read_documents(path)))
-            flat = np.concatenate([np.array([*x, EOS_ID], np.int32) for x in ids])
+            rows = [np.array([*x, EOS_ID], np.int32) for x in ids]
+            flat = np.concatenate([np.zeros(0, np.int32), *rows])
             say(f"{path}: {len(flat) / 1e6:.1f}M tokens")
             yield flat
 
-    rows = embeddings(counts(pieces(), vocabulary.size, window), width, seed)
+    table = counts(pieces(), vocabulary.size, window)
+    if not table.any():
+        raise ValueError(f"{', '.join(map(str, inputs))} hold no text to count co-occurrences in")
+    rows = embeddings(table, width, seed)
     content = io.BytesIO()
     np.save(content, rows)
     checkpoint.write_atomically(output, content.getvalue())

@@ -45,6 +45,9 @@ from softprompt.logbook import duration, say, size
 from softprompt.predict import baseline, eval
 from softprompt.settings import (
     UserData,
+    are_texts,
+    check_kinds,
+    check_numbers,
     check_path,
     check_settings,
     load_tasks,
@@ -188,6 +191,24 @@ def train(
         SEED=(seed, 0),
     )
     check_path("MODEL_DIR", model_dir)
+    check_numbers(
+        DROPOUT_RATE=(dropout_rate, 0, 1),
+        Z_LOSS=(z_loss, 0),
+        LABEL_SMOOTHING=(label_smoothing, 0, 1),
+    )
+    for name, path in (
+        ("INITIAL_CHECKPOINT_PATH", initial_checkpoint_path), ("VOCABULARY_FILE", vocabulary_file),
+        ("EMBEDDINGS_FILE", embeddings_file), ("CORPUS", text_corpus),
+    ):  # fmt: skip
+        check_path(name, path, optional=True)
+    labels = config.macros().get("CLASS_LABELS")
+    check_kinds(
+        PROMPT_INIT=(prompt_init, callable(prompt_init), "a function, with '@' before its name"),
+        CLASS_LABELS=(
+            labels, labels is None or are_texts(labels), "a list such as ('yes', 'no') or None"
+        ),
+    )  # fmt: skip
+    tree.check_patterns(TRAINABLE=trainable, FROZEN=frozen)
     if best_metric is not None and not isinstance(best_metric, str):
         raise ValueError(f"BEST_METRIC is {best_metric!r}, expected the name of a figure")
     if not prompt_length and (prompt_depth != 1 or reparameterisation is not None):
@@ -290,10 +311,14 @@ def train(
         "pack_length": pack_length,
         "length_buckets": length_buckets,
         "trainable": list(trainable),
+        "frozen": list(frozen),
         "task_feature_lengths": dict(task_feature_lengths),
         # Text that is streamed is known by its task alone.
         "examples": None if stream else data.fingerprint(parts),
         "labels": class_labels,
+        "eval_split": eval_split,
+        "eval_mode": eval_mode,
+        "held_out": data.fingerprint([x if stream else x.examples for x in held_out]),
         "dropout_rate": dropout_rate,
         "z_loss": z_loss,
         "label_smoothing": label_smoothing,
@@ -336,7 +361,7 @@ def train(
         log_period=log_period,
         model_dir=folder,
         # Labels given for the initialisation come before the task's own.
-        save=prompt.saver(about, config.macros().get("CLASS_LABELS") or class_labels[0]),
+        save=prompt.saver(about, labels or class_labels[0]),
         identity=identity,
         seed=seed,
         z_loss=z_loss,

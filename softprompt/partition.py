@@ -31,6 +31,11 @@ ALIGNMENT = 64
 
 def make_mesh(data: int = -1, model: int = 1, devices: int | None = None) -> Mesh:
     """A mesh of `data × model` devices; `data = -1` takes what `model` leaves of all devices."""
+    for name, value, free in (("DATA_PARTITIONS", data, -1), ("MODEL_PARTITIONS", model, 1)):
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not whole or value < 1 and value != free:
+            rest = " or -1 for all that are left" if free < 0 else ""
+            raise ValueError(f"{name} is {value!r}, expected a number of devices{rest}")
     # Each host's devices are neighbours, so that its rows of a batch are neighbours too.
     available = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))[:devices]
     if data == -1:

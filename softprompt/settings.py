@@ -32,28 +32,51 @@ def check_settings(dtype: str, lengths: Mapping[str, int], **counts: tuple[Any, 
         raise ValueError(
             f"TASK_FEATURE_LENGTHS is {lengths!r}, expected {{'inputs': …, 'targets': …}}"
         )
-    counts |= {f"TASK_FEATURE_LENGTHS[{name!r}]": (n, 2) for name, n in lengths.items()}
+    check_counts(**counts, **{f"TASK_FEATURE_LENGTHS[{k!r}]": (n, 2) for k, n in lengths.items()})
+
+
+def check_counts(**counts: tuple[Any, int]) -> None:
+    """Raises unless each `NAME=(value, least)` is an integer of at least `least`."""
     for name, (value, least) in counts.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} is {value!r}, expected an integer of at least {least}")
 
 
-def check_path(name: str, value: Any) -> None:
-    """Raises unless `value` can be a path."""
-    if not isinstance(value, str | os.PathLike):
+def check_path(name: str, value: Any, optional: bool = False) -> None:
+    """Raises unless `value` can be a path or, if `optional`, is None."""
+    if not isinstance(value, str | os.PathLike) and not (optional and value is None):
         raise ValueError(f"{name} is {value!r}, expected a path: \"'{value}'\" is text to gin")
 
 
-def check_numbers(**numbers: tuple[Any, float]) -> None:
-    """Raises unless each `NAME=(value, least)` is a finite number of at least `least`."""
-    for name, (value, least) in numbers.items():
+def check_numbers(**numbers: tuple[Any, float] | tuple[Any, float, float]) -> None:
+    """Raises unless each `NAME=(value, least)` is a finite number of at least `least`.
+
+    One of `NAME=(value, least, limit)` must be less than `limit`, too.
+    """
+    for name, (value, least, *limit) in numbers.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or value < least:
-            raise ValueError(f"{name} is {value!r}, expected a number of at least {least:g}")
+        below_limit = number and all(value < x for x in limit)
+        if not below_limit or not math.isfinite(value) or value < least:
+            most = "".join(f" and less than {x:g}" for x in limit)
+            raise ValueError(f"{name} is {value!r}, expected a number of at least {least:g}{most}")
+
+
+def check_kinds(**settings: tuple[Any, bool, str]) -> None:
+    """Raises unless each `NAME=(value, good, expected)` is good."""
+    for name, (value, good, expected) in settings.items():
+        if not good:
+            raise ValueError(f"{name} is {value!r}, expected {expected}")
+
+
+def are_texts(value: Any) -> bool:
+    """Whether it is a list or tuple of texts."""
+    return isinstance(value, list | tuple) and all(isinstance(x, str) for x in value)
 
 
 def import_modules(modules: str | Sequence[str] | None) -> None:
     """Imports the modules that register tasks."""
+    named = modules is None or isinstance(modules, str) or are_texts(modules)
+    check_kinds(MIXTURE_OR_TASK_MODULE=(modules, named, "a module's name, a list of them or None"))
     for module in [modules] if isinstance(modules, str) else modules or []:
         try:
             importlib.import_module(module)
@@ -63,10 +86,13 @@ def import_modules(modules: str | Sequence[str] | None) -> None:
 
 def load_tasks(name: str, modules: str | Sequence[str] | None, user: UserData | None):
     """seqio's tasks under `name` and their rates, once modules and user have registered theirs."""
+    check_kinds(MIXTURE_OR_TASK_NAME=(name, isinstance(name, str), "the name of a task"))
     import_modules(modules)
     if user and (user.train_file or user.validation_file or user.test_file):
         from softprompt.tasks.user import register_task
 
+        labels = user.labels
+        check_kinds(LABELS=(labels, labels is None or are_texts(labels), "a list of texts or None"))
         files = {
             split: getattr(user, f"{split}_file")
             for split in ("train", "validation", "test")
@@ -77,7 +103,7 @@ def load_tasks(name: str, modules: str | Sequence[str] | None, user: UserData | 
             **{f"{split}_file": path for split, path in files.items()},
             template=user.template,
             target=user.target,
-            labels=user.labels,
+            labels=labels,
         )
     return data.get_tasks(name)
 

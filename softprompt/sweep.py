@@ -15,7 +15,7 @@ import os
 import pathlib
 import re
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -93,8 +93,7 @@ def read(macros: Mapping[str, Any]) -> Spec:
     needed = ("SWEEP_DIR", "TITLE", "AXIS", "POINTS", "LINES", "TASKS", "SEEDS")
     if missing := [name for name in needed if macros.get(name) is None]:
         raise ValueError(f"a sweep needs {', '.join(missing)}; include a sweeps/*.gin")
-    for name in ("POINTS", "LINES", "TASKS"):
-        settings_of(name, macros[name])
+    points, lines, tasks = (settings_of(k, macros[k]) for k in ("POINTS", "LINES", "TASKS"))
     seeds = seeds_of(macros["SEEDS"])
     named = {k: v for k, v in macros.items() if isinstance(v, str | os.PathLike)}
 
@@ -103,22 +102,25 @@ def read(macros: Mapping[str, Any]) -> Spec:
         def fill(setting: str) -> str:
             return re.sub(r"\{([A-Z_]+)\}", lambda m: str(named.get(m[1], m[0])), setting)
 
-        return {str(name): [fill(s) for s in found] for name, found in settings.items()}
+        return {name: [fill(s) for s in found] for name, found in settings.items()}
 
     check_path("SWEEP_DIR", macros["SWEEP_DIR"])
     return Spec(
         pathlib.Path(macros["SWEEP_DIR"]),
         macros["TITLE"],
         macros["AXIS"],
-        filled(macros["POINTS"]),
-        filled(macros["LINES"]),
-        filled(macros["TASKS"]),
+        filled(points),
+        filled(lines),
+        filled(tasks),
         seeds,
     )
 
 
 def settings_of(name: str, value: Any) -> Settings:
-    """`value`, which must map names to lists of gin files and bindings; else an error."""
+    """`value`, which must map names to lists of gin files and bindings; else an error.
+
+    Names come back as text; each must have a folder of its own.
+    """
     good = isinstance(value, Mapping) and all(
         isinstance(settings, Sequence) and not isinstance(settings, str)
         for settings in value.values()
@@ -127,7 +129,23 @@ def settings_of(name: str, value: Any) -> Settings:
         raise ValueError(
             f"{name} is {value!r}, expected {{'a name': ['file.gin', 'NAME=value', …], …}}"
         )
-    return value
+    check_folders(name, map(str, value))
+    return {str(own): settings for own, settings in value.items()}
+
+
+def check_folders(what: str, names: Iterable[str]) -> None:
+    """Raises where a name cannot be a folder's, or two of them have the same folder."""
+    folders: dict[str, str] = {}
+    for name in names:
+        folder = folder_name(name)
+        if folder in (".", ".."):
+            raise ValueError(f"{what} has the name {name!r}, expected one that a folder can have")
+        if folder in folders:
+            raise ValueError(
+                f"{what} has the names {folders[folder]!r} and {name!r}, which share the folder "
+                f"{folder!r}: expected names that differ in more than punctuation"
+            )
+        folders[folder] = name
 
 
 def seeds_of(value: Any) -> Sequence[int]:

@@ -80,6 +80,7 @@ def read(macros: Mapping[str, Any]) -> Spec:
             raise ValueError(
                 f"{name} is {macros[name]!r}, expected different task names, such as ['squad']"
             )
+        sweep.check_folders(name, value)
         tasks[name] = value
     return Spec(
         pathlib.Path(macros["TRANSFER_DIR"]),

@@ -6,11 +6,13 @@ id (Raffel et al. 2020, section 3.1.4). Ids agree with `seqio.SentencePieceVocab
 """
 
 import hashlib
+import io
 import itertools
 import json
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 PAD_ID = 0
 EOS_ID = 1
@@ -151,33 +153,101 @@ AnyVocabulary = Vocabulary | ByteVocabulary
 
 def open_vocabulary(path: str | os.PathLike) -> AnyVocabulary:
     """The vocabulary in a SentencePiece file; 'bytes' is ByT5's, 'embedded' the package's own."""
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"VOCABULARY_FILE is {path!r}, expected a path, 'bytes' or 'embedded'")
     if str(path) == ByteVocabulary.BYTES:
         return ByteVocabulary()
     return Vocabulary(EMBEDDED if str(path) == "embedded" else path)
 
 
 def read_documents(path: str | os.PathLike) -> Iterator[str]:
-    """Texts of a JSON Lines file with a `text` field (plain, `.gz`, `.xz` or `.zst`)."""
-    with open_text(path) as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                yield json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(
-                    f"{path}:{number}: expected a JSON object with a field 'text', "
-                    f"got {line[:60]!r}"
-                ) from None
+    """Texts of a JSON Lines file with a `text` field, in UTF-8 (BOM or not); blank lines are none.
 
+    Compressed files (`.gz`, `.xz`, `.zst`) are read by their ending.
 
-def open_text(path: str | os.PathLike):
-    """Opens a text file for reading, through gzip, xz or zstandard by its ending."""
-    import gzip
+    Raises:
+      ValueError: the file cannot be read, is torn or is not what its ending says, or a line (named)
+        is no JSON object with such a text.
+    """
     import lzma
+    import zlib
 
     import zstandard
 
-    openers = {".gz": gzip.open, ".xz": lzma.open, ".zst": zstandard.open}
-    return openers.get(pathlib.Path(path).suffix, open)(path, "rt", encoding="utf-8")
+    broken = (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error)
+    try:
+        with open_text(path) as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield _text_of(line, f"{path}:{number}")
+    except (*broken, zstandard.ZstdError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot read the text {str(path)!r}: {reason}") from None
+
+
+def _text_of(line: str, where: str) -> str:
+    try:
+        text = json.loads(line)["text"]
+        text.encode()  # Fails for half of a surrogate pair, which JSON can escape.
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(
+            f"{where}: expected a JSON object with a text in the field 'text', got {line[:60]!r}"
+        ) from None
+    return text
+
+
+def open_text(path: str | os.PathLike) -> io.TextIOBase:
+    """Opens a text in UTF-8 (BOM or not), through gzip, xz or zstandard by its ending."""
+    import gzip
+    import lzma
+
+    openers = {".gz": gzip.open, ".xz": lzma.open, ".zst": _open_zstandard}
+    raw = openers.get(pathlib.Path(path).suffix, open)(path, "rb")
+    return io.TextIOWrapper(raw, encoding="utf-8-sig")
+
+
+def _open_zstandard(path: str | os.PathLike, mode: str) -> io.BufferedReader:
+    return io.BufferedReader(_Zstandard(open(path, mode)))
+
+
+class _Zstandard(io.RawIOBase):
+    """What a zstandard file's frames hold; EOFError where it ends within one.
+
+    `zstandard.open` takes a torn file for a shorter one.
+    """
+
+    def __init__(self, file: Any):
+        self._file, self._chunks, self._left = file, self._unpack(file), memoryview(b"")
+
+    @staticmethod
+    def _unpack(file: Any) -> Iterator[bytes]:
+        import zstandard
+
+        frame = None
+        while block := file.read(1 << 17):
+            while block:
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                yield frame.decompress(block)
+                block, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+        if frame is not None:
+            raise EOFError("the file ends within a zstandard frame")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._left:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                return 0
+            self._left = memoryview(chunk)
+        count = min(len(buffer), len(self._left))
+        buffer[:count], self._left = self._left[:count], self._left[count:]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def train(
@@ -191,8 +261,6 @@ def train(
     Settings are T5's: pad, eos and unk are 0, 1 and 2, no bos, NFKC normalisation. The first
     `sentences` paragraphs of the inputs, in their order, are used.
     """
-    import io
-
     import sentencepiece
 
     from softprompt import checkpoint

@@ -24,6 +24,13 @@ class Row(dict):
     def __missing__(self, field: str):
         raise ValueError(f"{self.where}: no field {field!r}; the fields are {', '.join(self)}")
 
+    def text(self, field: str) -> str:
+        """The text in `field`; a number or a boolean as it is printed."""
+        value = self[field]
+        if value is None or isinstance(value, list | dict):
+            raise ValueError(f"{self.where}: {field!r} is {str(value)[:60]}, expected a text")
+        return str(value)
+
     def label(self, field: str, labels: Sequence[str]) -> str:
         """The label name in `field`, which holds a name or an index into `labels`.
 
@@ -96,6 +103,9 @@ def _json_lines(path: pathlib.Path, lines, _) -> Iterator[tuple[int, dict[str, A
 def _table(path: pathlib.Path, lines, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
     try:
+        header = reader.fieldnames or []
+        if twice := sorted({name for name in header if header.count(name) > 1}):
+            raise ValueError(f"{path}:1: the header has {', '.join(twice)} twice")
         for fields in reader:
             if None in fields or None in fields.values():
                 raise ValueError(
@@ -120,14 +130,14 @@ def fill(template: str, row: Row) -> str:
             continue
         if spec or conversion or not field:
             raise ValueError(f"malformed template {template!r}: expected plain {{field}} names")
-        text.append(str(row[field]))
+        text.append(row.text(field))
     return "".join(text)
 
 
 def to_pair(row: Row, template: str, target: str, labels: Sequence[str] | None) -> tuple[str, str]:
     """(text, target text) of a row."""
     text = fill(template, row)
-    return text, row.label(target, labels) if labels is not None else str(row[target])
+    return text, row.label(target, labels) if labels is not None else row.text(target)
 
 
 def read_pairs(

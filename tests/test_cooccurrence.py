@@ -55,3 +55,19 @@ def test_the_command_writes_what_a_backbone_starts_from(tmp_path, tiny, vocabula
         cooccurrence.start_from(tiny.params, output)
     assert main([*flags, "--output=rows.txt", "--width=4"]) == 2
     assert "ends in .npy" in capsys.readouterr().err
+
+
+def test_wrong_numbers_and_text_that_counts_nothing_are_refused(tmp_path, vocabulary):
+    shard = tmp_path / "train.jsonl"
+    shard.write_text("\n")
+    output = tmp_path / "new" / "rows.npy"
+    for inputs, settings, message in (
+        (["/no"], {"width": 0}, "width is 0, expected an integer of at least 1"),
+        (["/no"], {"width": 9000}, f"width is 9000, expected at most .* {vocabulary.size}"),
+        (["/no"], {"window": 0}, "window is 0, expected an integer"),
+        (["/no"], {"seed": -1}, "seed is -1, expected an integer"),
+        ([shard], {}, "train.jsonl hold no text to count co-occurrences in"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cooccurrence.make(inputs, vocabulary.path, output, **{"width": 4, **settings})
+    assert not output.exists()

@@ -98,6 +98,10 @@ def test_a_run_goes_on_with_its_own_settings_and_data_alone(tmp_path, rows, caps
         ([*flags, "--gin.TRAIN_STEPS=2"], "is at step 3 already, TRAIN_STEPS is 2"),
         ([f"--train_file={other}", *flags[1:]], "examples was "),
         ([*flags, "--gin.EVAL_SPLIT=valid"], "EVAL_SPLIT is 'valid': user_task has train, valid"),
+        ([*flags, "--gin.EVAL_SPLIT=train"], "eval_split was 'validation', is now 'train'"),
+        ([*flags, "--gin.EVAL_MODE=generate"], "eval_mode was 'rank', is now 'generate'"),
+        ([*flags, "--gin.FROZEN=['.*', 'x']"], "frozen was ['.*'], is now ['.*', 'x']"),
+        ([*flags, f"--validation_file={other}"], "held_out was "),
     ):
         capsys.readouterr()
         assert train(folder, *changed) == 2
@@ -191,6 +195,28 @@ def test_packed_rows_of_a_length_that_was_found_train_by_the_loss_among_labels(
                 ("MODEL_DIR=2024", "MODEL_DIR is 2024, expected a path"),
                 ("LEARNING_RATE=nan", "LEARNING_RATE is 'nan', expected a number"),
                 ("SEED=abc", "SEED is 'abc', expected an integer"),
+                ("DROPOUT_RATE=1.5", "DROPOUT_RATE is 1.5, expected a number of at least 0 and le"),
+                ("DROPOUT_RATE=-1", "DROPOUT_RATE is -1, expected"),
+                ("Z_LOSS=much", "Z_LOSS is 'much', expected a number of at least 0"),
+                ("LABEL_SMOOTHING=1", "LABEL_SMOOTHING is 1, expected"),
+                ("INITIAL_CHECKPOINT_PATH=3", "INITIAL_CHECKPOINT_PATH is 3, expected a path"),
+                ("VOCABULARY_FILE=[]", "VOCABULARY_FILE is [], expected a path"),
+                ("MIXTURE_OR_TASK_NAME=[1]", "MIXTURE_OR_TASK_NAME is [1], expected the name"),
+                ("MIXTURE_OR_TASK_MODULE=True", "MIXTURE_OR_TASK_MODULE is True, expected"),
+                ("MIXTURE_OR_TASK_MODULE=[1]", "MIXTURE_OR_TASK_MODULE is [1], expected"),
+                ("PROMPT_INIT=prompt.text", "PROMPT_INIT is 'prompt.text', expected a function, w"),
+                ("TRAINABLE=prompt/.*", "TRAINABLE is 'prompt/.*', expected a list of regular"),
+                ("FROZEN=None", "FROZEN is None, expected a list of regular"),
+                ("ARCHITECTURE=[]", "unknown T5 size []; choose one of"),
+                ("DATA_PARTITIONS={}", "DATA_PARTITIONS is {}, expected a number of devices or"),
+            )
+        ),
+        *(
+            (["--gin_file=prompts/from_class_labels.gin", "--train_file=/no", setting], message)
+            for setting, message in (
+                ("--gin.CLASS_LABELS=good", "CLASS_LABELS is 'good', expected a list such as"),
+                ("--gin.CLASS_LABELS=[1]", "CLASS_LABELS is [1], expected a list such as"),
+                ("--gin.LABELS=3", "LABELS is 3, expected a list of texts"),
             )
         ),
     ],

@@ -96,6 +96,13 @@ def test_a_mesh_larger_than_the_machine_is_refused():
         partition.make_mesh(3, count)
 
 
+@pytest.mark.parametrize("value", [None, {}, "abc", True, 0, -2, 1.0])
+def test_what_is_no_number_of_devices_is_refused(value):
+    for arguments, name in (((value, 1), "DATA"), ((-1, value), "MODEL")):
+        with pytest.raises(ValueError, match=f"{name}_PARTITIONS is .*, expected a number of dev"):
+            partition.make_mesh(*arguments)
+
+
 def test_a_logical_axis_without_a_rule_is_an_error():
     with pytest.raises(ValueError, match=r"no sharding rule for the logical axes \['width'\]"):
         partition.spec(("embed", "width"))

@@ -135,3 +135,12 @@ def test_a_malformed_sweep_is_one_sentence():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"{name} is .*expected"):
             sweep.read({**good, name: bad})
+
+
+def test_every_name_of_a_sweep_has_a_folder_of_its_own():
+    for names in ({"a b": [], "a/b": []}, {1: [], "1": []}):
+        with pytest.raises(ValueError, match="POINTS has the names .*which share the folder"):
+            sweep.settings_of("POINTS", names)
+    with pytest.raises(ValueError, match=r"LINES has the name '\.\.', expected one that"):
+        sweep.settings_of("LINES", {"..": []})
+    assert list(sweep.settings_of("POINTS", {1: [], "": [], "1.5": []})) == ["1", "", "1.5"]

@@ -9,6 +9,7 @@ import pytest
 from softprompt import data
 from softprompt.tasks import metrics, postprocessors, preprocessors, records, super_glue, user
 from softprompt.tasks.records import Row
+from softprompt.vocabulary import read_documents
 
 
 def only(examples):
@@ -98,6 +99,8 @@ def test_rows_come_from_jsonl_csv_and_gzip(tmp_path):
         ('{"text": "a", "label": "c"}', r"rows.jsonl:1: the label 'c' is not one of a, b"),
         ('{"text": "a", "label": 2}', r"rows.jsonl:1: the label is 2, expected 0 to 1"),
         ('{"body": "a", "label": 0}', r"rows.jsonl:1: no field 'text'; the fields are body, label"),
+        ('{"text": null, "label": 0}', r"rows.jsonl:1: 'text' is None, expected a text"),
+        ('{"text": ["a"], "label": 0}', r"rows.jsonl:1: 'text' is \['a'\], expected a text"),
     ],
 )
 def test_bad_rows_name_file_and_line(tmp_path, content, message):
@@ -105,6 +108,19 @@ def test_bad_rows_name_file_and_line(tmp_path, content, message):
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
         records.read_pairs(path, "{text}", "label", ["a", "b"])
+
+
+def test_text_may_be_a_number_but_no_list_and_a_column_has_one_name(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": 3, "label": true}\n{"text": "a", "label": {}}\n')
+    rows = list(records.read(path))
+    assert records.to_pair(rows[0], "{text}", "label", None) == ("3", "True")
+    with pytest.raises(ValueError, match=r"rows.jsonl:2: 'label' is \{\}, expected a text"):
+        records.to_pair(rows[1], "{text}", "label", None)
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label,text\na,0,b\n")
+    with pytest.raises(ValueError, match="rows.csv:1: the header has text twice"):
+        list(records.read(path))
 
 
 def test_files_of_ones_own_become_a_seqio_task(tmp_path, vocabulary):
@@ -276,6 +292,43 @@ def test_pretraining_reads_a_corpus(corpus):
             assert first["targets"].shape == (2, 64)
     finally:
         pretraining.use_corpus(None)
+
+
+def test_a_text_with_a_byte_order_mark_and_blank_lines_is_read(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\n\n{"text": "b"}\n')
+    assert list(read_documents(path)) == ["a", "b"]
+
+
+@pytest.mark.parametrize("value", ["null", "3", '["a"]', r'"\ud800"'])
+def test_a_document_that_is_no_text_is_named(tmp_path, value):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"text": "a"}}\n{{"text": {value}}}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl:2: expected a JSON object with a text"):
+        list(read_documents(path))
+
+
+def test_texts_that_cannot_be_read_are_named(tmp_path, rng):
+    import gzip
+    import lzma
+
+    import zstandard
+
+    words = rng.integers(0, 9000, 9000).tolist()
+    whole = "".join(json.dumps({"text": str(w)}) + "\n" for w in words).encode()
+    broken = {"latin.jsonl": b'{"text": "caf\xe9"}\n', "folder.jsonl": None}
+    for ending, module in ((".gz", gzip), (".xz", lzma), (".zst", zstandard)):
+        broken[f"torn.jsonl{ending}"] = module.compress(whole)[:-9]
+        broken[f"plain.jsonl{ending}"] = whole
+        two = tmp_path / f"two.jsonl{ending}"
+        two.write_bytes(2 * module.compress(whole))
+        assert list(read_documents(two)) == 2 * list(map(str, words))
+    for name, content in broken.items():
+        path = tmp_path / name
+        path.mkdir() if content is None else path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"cannot read the text .*{name}': .") as caught:
+            list(read_documents(path))
+        assert len(str(caught.value).splitlines()) == 1
 
 
 def test_text_shards_are_read_through_every_compression(tmp_path):

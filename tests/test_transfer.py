@@ -35,6 +35,9 @@ def test_a_plan_is_read_and_a_malformed_one_named():
         ({"TARGETS": None}, "a transfer needs TARGETS; include runs/transfer.gin"),
         ({"TARGETS": []}, r"TARGETS is \[\], expected different task names"),
         ({"SOURCES": ["a", "a"]}, "SOURCES is .*, expected different task names"),
+        ({"TARGETS": ["a:b", "a/b"]}, "TARGETS has the names 'a:b' and 'a/b', which share"),
+        ({"SOURCES": ".."}, r"SOURCES has the name '\.\.', expected"),
+        ({"METHODS": {"a b": [], "a_b": []}}, "METHODS has the names 'a b' and 'a_b', which"),
         ({"METHODS": {"a": "b"}}, "METHODS is .*, expected {'a name'"),
         ({"SEEDS": [True]}, "SEEDS is .*, expected different integers"),
     ):
