@@ -4,9 +4,11 @@ import softprompt
 
 backbone = softprompt.load_backbone()
 data = softprompt.embedded_data("question_type")
-prompt = softprompt.tune(backbone, data.train, data.validation, labels=data.labels)
+prompt = softprompt.tune(
+    backbone, data.train, data.validation, labels=data.labels, prompt_length=20, train_steps=200
+)
 prompt.save("question_type.safetensors")
-softprompt.classify(backbone, ["Who wrote it?"], data.labels, prompt)
+softprompt.classify(backbone, ["question: Who wrote it?"], data.labels, prompt)
 """
 
 import dataclasses
@@ -21,14 +23,25 @@ import numpy as np
 import optax
 
 from softprompt import backbone as backbones
-from softprompt import data, evaluation, inputs, optim, prompted, report, train, train_step, voting
+from softprompt import (
+    banks,
+    data,
+    evaluation,
+    inputs,
+    optim,
+    prompted,
+    report,
+    train,
+    train_step,
+    voting,
+)
 from softprompt import population as populations
 from softprompt import prompt as prompts
 from softprompt.backbone import Backbone
 from softprompt.inputs import Shared
 from softprompt.prompt import Prompt
 from softprompt.reparameterise import Mlp
-from softprompt.settings import check_settings
+from softprompt.settings import check_numbers, check_settings
 from softprompt.tree import Flat
 
 Pair = tuple[str, str]
@@ -71,8 +84,10 @@ def load_prompt(
     """Reads a prompt file (`.safetensors`, or `.npy` `[P, H]`).
 
     With `backbone`, a prompt that was trained for another one is refused (ValueError) unless
-    `ignore_fingerprint`.
+    `ignore_fingerprint`; then it can be used with `backbone`, and its metadata stay as they are.
     """
+    if ignore_fingerprint and backbone is None:
+        raise ValueError("ignore_fingerprint is True, expected with it the backbone to use")
     if backbone is not None:
         return prompts.load_for(path, backbone, ignore_fingerprint)
     array, deep, metadata = prompts.load_deep(path)
@@ -215,7 +230,7 @@ def tune_many(
     named, abouts, shared = [], [], Shared()
     for number, own in enumerate(members):
         settings = {**common, **own}
-        name = str(settings.pop("name", number))
+        name = _folder_name(settings.pop("name", number))
         if odd := [k for k in settings if k not in defaults or k in ("backbone", "model_dir")]:
             raise ValueError(f"member {name!r} has {', '.join(odd)}, which is none of its settings")
         if "train_data" not in settings:
@@ -231,6 +246,17 @@ def tune_many(
         note = {"step": result.best_step, "metrics": result.metrics, "status": outcome.status}
         found.append(Prompt(result.best[train.PROMPT], {**about, **note}))
     return found
+
+
+def _folder_name(name: Any) -> str:
+    """A member's name, if it is that of a folder directly in `model_dir`."""
+    name = str(name)
+    if name in ("", ".", "..") or set(name) & set("/\\\0"):
+        raise ValueError(
+            f"a member has the name {name!r}, expected that of a folder in model_dir: without "
+            f"slashes, and not '.' or '..'"
+        )
+    return name
 
 
 def _tuning(
@@ -269,6 +295,7 @@ def _tuning(
         microbatches=(microbatches, 1), length_buckets=(length_buckets, 1),
         pack_length=(0 if pack_length == "auto" else pack_length, 0),
     )  # fmt: skip
+    labels = None if labels is None else _label_list(labels)
     examples, judged = shared(_examples, train_data, "train", backbone, lengths, labels)
     labels = labels or judged.labels
     if isinstance(train_data, str) and validation_data is None:
@@ -353,31 +380,46 @@ def _predictor(backbone, prompt_length, labels, lengths, batch_size, evaluations
     )  # fmt: skip
 
 
-def _checked(
-    name: str, prompt: Prompt | np.ndarray | None, backbone: Backbone
-) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """The rows of a prompt and those of its deeper layers, if they are the backbone's."""
+def _checked(name: str, prompt: Prompt | np.ndarray | None, backbone: Backbone) -> Prompt | None:
+    """A prompt, also of an array, if its rows are finite and the backbone's."""
     if prompt is None:
-        return None, None
-    if not isinstance(prompt, Prompt):
-        width = backbone.cfg.emb_dim
-        if isinstance(prompt, str | os.PathLike):
-            raise ValueError(f"{name} is the path {str(prompt)!r}: give load_prompt of it")
-        if np.ndim(prompt) != 2 or np.shape(prompt)[1] != width:
-            raise ValueError(
-                f"{name} has shape {np.shape(prompt)}, expected (P, {width}) for the backbone "
-                f"{backbone.name!r}"
-            )
-        return prompt, None
-    prompts.check_backbone(name, prompt.array, prompt.metadata, backbone)
-    prompts.check_depth(name, prompt.deep, backbone)
-    return prompt.array, prompt.deep
+        return None
+    if isinstance(prompt, str | os.PathLike):
+        raise ValueError(f"{name} is the path {str(prompt)!r}: give load_prompt of it")
+    found = prompt if isinstance(prompt, Prompt) else Prompt(prompt, {})
+    prompts.check_rows(name, found.array, found.deep, backbone)
+    accepted = found.accepted_for == backbone.fingerprint
+    prompts.check_backbone(name, found.array, found.metadata, backbone, accepted)
+    prompts.check_depth(name, found.deep, backbone)
+    return found
 
 
-def _with_prompt(backbone: Backbone, prompt: Prompt | np.ndarray | None) -> tuple[Flat, int]:
-    array, deep = _checked("prompt", prompt, backbone)
-    flat, [length] = prompts.attach(backbone, [array], deep)
-    return flat, length
+@dataclasses.dataclass(frozen=True)
+class _Bank:
+    """Parameters with prompts, the length of each, and the ids before every target."""
+
+    flat: Flat
+    lengths: list[int]
+    prefix: tuple[int, ...]
+
+
+def _banked(backbone: Backbone, named: Mapping[str, Prompt | np.ndarray | None]) -> _Bank:
+    """A bank of all prompts; errors call each by its name."""
+    found = {name: _checked(name, one, backbone) for name, one in named.items()}
+    deep = {name: one.deep for name, one in found.items() if one and one.deep is not None}
+    if deep and len(found) > 1:
+        raise ValueError(
+            f"{next(iter(deep))} has rows for deeper layers, expected prompts of the input alone "
+            f"where several share a batch: give it by itself"
+        )
+    arrays = [one and one.array for one in found.values()]
+    flat, lengths = prompts.attach(backbone, arrays, next(iter(deep.values()), None))
+    prefix = banks.target_prefix(list(found.items()), _vocabulary(backbone))
+    return _Bank(flat, lengths, prefix)
+
+
+def _numbered(found: Sequence[Prompt | np.ndarray | None]) -> dict[str, Any]:
+    return {f"prompt {i}": one for i, one in enumerate(found)}
 
 
 Prompts = Prompt | np.ndarray | None | Sequence[Prompt | np.ndarray | None]
@@ -385,37 +427,48 @@ Prompts = Prompt | np.ndarray | None | Sequence[Prompt | np.ndarray | None]
 
 def _with_prompts(
     backbone: Backbone, prompt: Prompts, count: int
-) -> tuple[Flat, int | list[int], list[int] | None]:
-    """Parameters, prompt lengths, and the prompt of each of `count` inputs (None: one for all)."""
+) -> tuple[_Bank, list[int] | None]:
+    """A bank, and which of its prompts each of `count` inputs has (None: one for all)."""
     if not isinstance(prompt, list | tuple):
-        return *_with_prompt(backbone, prompt), None
-    if not count:
-        raise ValueError("got no texts")
+        return _banked(backbone, {"prompt": prompt}), None
     if len(prompt) != count:
         raise ValueError(f"got {len(prompt)} prompts for {count} texts, expected one for each")
     places: dict[int, int] = {}
     which = [places.setdefault(id(one), len(places)) for one in prompt]
     unique = [prompt[which.index(place)] for place in range(len(places))]
-    return *_banked(backbone, unique), which
+    return _banked(backbone, _numbered(unique)), which
 
 
-def _banked(
-    backbone: Backbone, found: Sequence[Prompt | np.ndarray | None]
-) -> tuple[Flat, list[int]]:
-    """Parameters with a bank of all of `found`, and the length of each."""
-    checked = [_checked(f"prompt {i}", one, backbone) for i, one in enumerate(found)]
-    deep = [i for i, (_, rows) in enumerate(checked) if rows is not None]
-    if deep and len(found) > 1:
-        raise ValueError(
-            f"prompt {deep[0]} has rows for deeper layers, expected prompts of the input alone "
-            f"where several share a batch: give it by itself"
-        )
-    return prompts.attach(backbone, [array for array, _ in checked], checked[0][1])
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence | np.ndarray) and not isinstance(value, str)
+
+
+def _label_list(labels: Any, name: str = "labels") -> list[str]:
+    """Labels as a list; a single text, or none at all, is an error."""
+    if not _is_list(labels):
+        raise ValueError(f"{name}: got {labels!r}, expected a list of texts")
+    if not len(labels):
+        raise ValueError(f"{name}: got an empty list, expected one or more texts")
+    for label in labels:
+        if not isinstance(label, str):
+            raise ValueError(f"{name}: got {label!r} in the list, expected texts alone")
+    return [str(label) for label in labels]
+
+
+def _label_lists(labels: Any, count: int) -> list[str] | list[list[str]]:
+    """The labels of all texts, or a list with those of each of `count` texts."""
+    if not _is_list(labels) or not len(labels) or not _is_list(labels[0]):
+        return _label_list(labels)
+    if len(labels) != count:
+        raise ValueError(f"got labels of {len(labels)} texts for {count} texts")
+    return [_label_list(own, f"labels of text {i}") for i, own in enumerate(labels)]
 
 
 def _texts(backbone: Backbone, texts: Sequence[str], lengths: Mapping[str, int]) -> data.Examples:
     if isinstance(texts, str):
         raise ValueError("expected a list of texts, got one string")
+    if not len(texts):
+        raise ValueError("got no texts")
     return data.from_pairs([(t, "") for t in texts], _vocabulary(backbone), lengths, "texts")
 
 
@@ -431,16 +484,24 @@ def generate(
     seed: int = 0,
     batch_size: int = 32,
 ) -> list[str]:
-    """A text for each text: greedy, by beam search, or sampled (temperature > 0).
+    """A text for each text: greedy, by beam search (beams > 1), or sampled (temperature > 0).
 
     `prompt` is one for all texts, or a list with the prompt of each: they share batches. What is
     sampled for a text depends on `seed` and on its place among the texts.
     """
-    flat, length, which = _with_prompts(backbone, prompt, len(texts))
+    check_settings(
+        "float32", LENGTHS, max_tokens=(max_tokens, 1), beams=(beams, 1), top_k=(top_k, 0),
+        batch_size=(batch_size, 1),
+    )  # fmt: skip
+    check_numbers(temperature=(temperature, 0), top_p=(top_p, 0))
     lengths = {**LENGTHS, "targets": max_tokens}
-    settings = dict(beams=beams, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    predictor = _predictor(backbone, length, None, lengths, batch_size, **settings)
-    return predictor.generate(flat, _texts(backbone, texts, lengths), which)
+    examples = _texts(backbone, texts, lengths)
+    bank, which = _with_prompts(backbone, prompt, len(texts))
+    predictor = _predictor(
+        backbone, bank.lengths, None, lengths, batch_size, prefix=bank.prefix, beams=beams,
+        temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+    )  # fmt: skip
+    return predictor.generate(bank.flat, examples, which)
 
 
 def score_labels(
@@ -455,13 +516,12 @@ def score_labels(
     `prompt` is one for all texts, or a list with the prompt of each; `labels` are those of all
     texts, or a list with those of each. Then a label that a text lacks scores -inf.
     """
-    if not len(labels):
-        raise ValueError("got no labels to rank")
-    if not isinstance(labels[0], str) and len(labels) != len(texts):
-        raise ValueError(f"got labels of {len(labels)} texts for {len(texts)} texts")
-    flat, length, which = _with_prompts(backbone, prompt, len(texts))
-    predictor = _predictor(backbone, length, labels, LENGTHS, batch_size)
-    return predictor.score(flat, _texts(backbone, texts, LENGTHS), labels, which)
+    check_settings("float32", LENGTHS, batch_size=(batch_size, 1))
+    examples = _texts(backbone, texts, LENGTHS)
+    labels = _label_lists(labels, len(texts))
+    bank, which = _with_prompts(backbone, prompt, len(texts))
+    predictor = _predictor(backbone, bank.lengths, labels, LENGTHS, batch_size, prefix=bank.prefix)
+    return predictor.score(bank.flat, examples, labels, which)
 
 
 def classify(
@@ -469,9 +529,11 @@ def classify(
     texts: Sequence[str],
     labels: Sequence[str] | Sequence[Sequence[str]],
     prompt: Prompts = None,
+    batch_size: int = 32,
 ) -> list[str]:
     """The likeliest label of each text (rank classification); lists as in `score_labels`."""
-    best = score_labels(backbone, texts, labels, prompt).argmax(-1)
+    labels = _label_lists(labels, len(texts))
+    best = score_labels(backbone, texts, labels, prompt, batch_size).argmax(-1)
     sets = [labels] * len(texts) if isinstance(labels[0], str) else labels
     return [own[i] for own, i in zip(sets, best, strict=True)]
 
@@ -490,15 +552,15 @@ def ensemble(
     `majority()` and, of labels, `mean_probability()` are the ensemble's predictions, and
     `agreement(predictions)` says how many of the prompts are behind them.
     """
+    check_settings("float32", LENGTHS, max_tokens=(max_tokens, 1), batch_size=(batch_size, 1))
     if not isinstance(prompt, list | tuple) or not len(prompt):
         raise ValueError("an ensemble needs a list of one or more prompts")
-    flat, lengths = _banked(backbone, prompt)
-    examples = _texts(backbone, texts, {**LENGTHS, "targets": max_tokens})
-    predictor = _predictor(
-        backbone, lengths, labels, {**LENGTHS, "targets": max_tokens}, batch_size
-    )
-    task = evaluation.EvalTask(examples, labels, lambda _: {})
-    return voting.collect(predictor, flat, task)
+    labels = None if labels is None else _label_list(labels)
+    lengths = {**LENGTHS, "targets": max_tokens}
+    task = evaluation.EvalTask(_texts(backbone, texts, lengths), labels, lambda _: {})
+    bank = _banked(backbone, _numbered(prompt))
+    predictor = _predictor(backbone, bank.lengths, labels, lengths, batch_size, prefix=bank.prefix)
+    return voting.collect(predictor, bank.flat, task)
 
 
 def evaluate(
@@ -511,10 +573,14 @@ def evaluate(
     batch_size: int = 32,
 ) -> dict[str, float]:
     """Figures of a prompt (None: of the bare backbone) on pairs or on a seqio task's split."""
+    check_settings("float32", lengths, batch_size=(batch_size, 1))
+    labels = None if labels is None else _label_list(labels)
+    bank = _banked(backbone, {"prompt": prompt})
     task = _examples(source, split, backbone, lengths, labels)[1]
-    flat, length = _with_prompt(backbone, prompt)
-    predictor = _predictor(backbone, length, labels or task.labels, lengths, batch_size)
-    return evaluation.evaluate(predictor, flat, [task])
+    predictor = _predictor(
+        backbone, bank.lengths, labels or task.labels, lengths, batch_size, prefix=bank.prefix
+    )
+    return evaluation.evaluate(predictor, bank.flat, [task])
 
 
 __all__: list[str] = [

@@ -49,8 +49,8 @@ def target_prefix(read: Sequence[Read], vocabulary: AnyVocabulary) -> tuple[int,
     kinds = {bool(found.metadata.get("target_sentinel")) for found in given.values()}
     if len(kinds) > 1:
         raise ValueError(
-            f"of the prompts {', '.join(given)} some were trained with TARGET_SENTINEL, some "
-            f"without: they cannot predict together"
+            f"{', '.join(given)}: some of these prompts were trained with TARGET_SENTINEL, some "
+            f"without; they cannot predict together"
         )
     return (vocabulary.sentinel(0),) if kinds == {True} else ()
 

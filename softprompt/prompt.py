@@ -183,15 +183,17 @@ class Prompt:
     """A tuned prompt `[P, H]` float32, and what it was tuned on.
 
     `metadata` holds backbone and its fingerprint, task, length, initialisation, step and metrics;
-    `deep` the rows `[D - 1, P, H]` of a deep prompt.
+    `deep` the rows `[D - 1, P, H]` of a deep prompt; `accepted_for` the fingerprint of a backbone
+    that it may be used with though `metadata` name another.
     """
 
     array: np.ndarray
     metadata: Mapping[str, Any]
     deep: np.ndarray | None = None
+    accepted_for: str | None = None
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes a `.safetensors` file, atomically."""
+        """Writes a `.safetensors` file, atomically; another ending is an error."""
         save(path, self.array, self.metadata, self.deep)
 
 
@@ -245,7 +247,7 @@ def load_for(
         (array, metadata), further = load(path), None
     check_backbone(path, array, metadata, backbone, ignore_fingerprint)
     check_depth(path, further, backbone)
-    return Prompt(array, metadata, further)
+    return Prompt(array, metadata, further, backbone.fingerprint if ignore_fingerprint else None)
 
 
 def bank(prompts: Sequence[np.ndarray | None], width: int) -> tuple[np.ndarray, list[int]]:
@@ -273,6 +275,24 @@ def attach(
     if deep is not None:
         flat["prompt/deep"] = partition.place(deep, everywhere)
     return flat, lengths
+
+
+def check_rows(name: str, array: Any, deep: Any, backbone: Any) -> None:
+    """Raises unless rows `[P, H]`, and `deep` `[D - 1, P, H]` or None, are finite, H the width."""
+    shape, width = np.shape(array), backbone.cfg.emb_dim
+    if len(shape) != 2 or not shape[0] or shape[1] != width:
+        raise ValueError(
+            f"{name} has shape {shape}, expected (P, {width}) with at least one row for the "
+            f"backbone {backbone.name!r}"
+        )
+    if deep is not None and (np.ndim(deep) != 3 or np.shape(deep)[1:] != shape):
+        raise ValueError(
+            f"{name} has deep rows of shape {np.shape(deep)}, expected (layers - 1, "
+            f"{shape[0]}, {width})"
+        )
+    for rows in (array, deep):
+        if rows is not None and not np.isfinite(rows).all():
+            raise ValueError(f"{name} holds numbers that are not finite, expected finite rows")
 
 
 def check_depth(path: str | os.PathLike, deep: np.ndarray | None, backbone: Any) -> None:
@@ -308,5 +328,5 @@ def check_backbone(
         f"the prompt {str(path)!r} was trained for the backbone "
         f"{metadata.get('backbone')!r} ({trained_for}), this one is {backbone.name!r} "
         f"({backbone.fingerprint}); load that backbone, or override with "
-        f"--ignore_fingerprint (ignore_fingerprint=True in Python)"
+        f"--ignore_fingerprint (in Python load_prompt(path, backbone, ignore_fingerprint=True))"
     )

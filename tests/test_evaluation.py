@@ -91,6 +91,108 @@ def test_wrong_prompts_are_sentences(tiny):
         predictor.generate(dict(tiny.params), examples)
 
 
+def zeros(count=3, width=SMALL.emb_dim):
+    return np.zeros((count, width), np.float32)
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda b: softprompt.classify(b, TEXTS, "person"), "labels: got 'person', expected a list"),
+    (lambda b: softprompt.tune(b, [("a", "b")], labels="abc"), "labels: got 'abc', expected a"),
+    (lambda b: softprompt.evaluate(b, [("a", "b")], labels="abc"), "labels: got 'abc', expected"),
+    (lambda b: softprompt.ensemble(b, TEXTS, [zeros()], []), "labels: got an empty list, expected"),
+    (lambda b: softprompt.classify(b, TEXTS, []), "labels: got an empty list, expected one or"),
+    (lambda b: softprompt.classify(b, TEXTS, [1, 2]), "labels: got 1 in the list, expected texts"),
+    (lambda b: softprompt.classify(b, TEXTS[:2], [["a"], "b"]), "labels of text 1: got 'b', exp"),
+    (lambda b: softprompt.generate(b, TEXTS, max_tokens=0), "max_tokens is 0, expected an integer"),
+    (lambda b: softprompt.generate(b, TEXTS, beams=0), "beams is 0, expected an integer of at"),
+    (lambda b: softprompt.generate(b, TEXTS, beams=1.5), "beams is 1.5, expected an integer of at"),
+    (lambda b: softprompt.generate(b, TEXTS, temperature=-1.0), "temperature is -1.0, expected a"),
+    (lambda b: softprompt.generate(b, TEXTS, temperature=1, beams=2), "sampled or searched for"),
+    (lambda b: softprompt.generate(b, TEXTS, batch_size=0), "batch_size is 0, expected an int"),
+    (lambda b: softprompt.score_labels(b, TEXTS, ["a"], batch_size=0), "batch_size is 0, expect"),
+    (lambda b: softprompt.classify(b, TEXTS, ["a"], batch_size=0), "batch_size is 0, expected"),
+    (lambda b: softprompt.evaluate(b, [("a", "b")], batch_size=0), "batch_size is 0, expected"),
+    (lambda b: softprompt.ensemble(b, TEXTS, [zeros()], batch_size=0), "batch_size is 0, expected"),
+    (lambda b: softprompt.generate(b, TEXTS, zeros() + np.nan), "prompt holds numbers that are n"),
+    (lambda b: softprompt.generate(b, TEXTS, zeros(0)), r"prompt has shape \(0, 24\), expected"),
+    (lambda b: softprompt.generate(b, TEXTS, softprompt.Prompt(zeros(0), {})), "prompt has shape"),
+    (lambda b: softprompt.generate(b, TEXTS, softprompt.Prompt(zeros(), {}, zeros()[None] / 0)),
+     "prompt holds numbers that are not finite"),
+    (lambda b: softprompt.generate(b, TEXTS, softprompt.Prompt(zeros(), {}, zeros())),
+     r"prompt has deep rows of shape \(3, 24\), expected \(layers - 1, 3, 24\)"),
+    (lambda b: softprompt.load_prompt("p.npy", ignore_fingerprint=True), "the backbone to use"),
+])  # fmt: skip
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_wrong_arguments_are_sentences(tiny, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(tiny)
+
+
+def test_labels_may_be_arrays(tiny):
+    found = softprompt.classify(tiny, TEXTS[:2], np.array(LABELS[0]))
+    assert set(map(type, found)) == {str} and set(found) <= set(LABELS[0])
+    assert softprompt.classify(tiny, TEXTS[:2], np.array([LABELS[0], LABELS[0]])) == found
+
+
+def test_a_prompt_behind_a_sentinel_is_used_behind_it(tiny, monkeypatch):
+    [array] = prompts_of(tiny, (3,))
+    behind = softprompt.Prompt(array, {"target_sentinel": True})
+    prefix = (tiny.vocabulary.sentinel(0),)
+    examples = data.from_pairs([(TEXTS[0], "")], tiny.vocabulary, softprompt.api.LENGTHS)
+    flat, _ = prompt.attach(tiny, [array])
+    predictor = evaluation.Predictor(tiny, 3, "rank", prefix=prefix)
+    np.testing.assert_allclose(
+        softprompt.score_labels(tiny, TEXTS[:1], LABELS[0], behind),
+        predictor.score(flat, examples, LABELS[0]),
+        atol=1e-6,
+    )
+
+    class Made(Exception):
+        pass
+
+    def made(*_, prefix, **settings):
+        raise Made(prefix)
+
+    monkeypatch.setattr(evaluation, "Predictor", made)
+    for call in (
+        lambda one: softprompt.generate(tiny, TEXTS[:1], one),
+        lambda one: softprompt.generate(tiny, TEXTS[:2], [one, None]),
+        lambda one: softprompt.score_labels(tiny, TEXTS[:1], LABELS[0], one),
+        lambda one: softprompt.classify(tiny, TEXTS[:1], LABELS[0], one),
+        lambda one: softprompt.ensemble(tiny, TEXTS[:1], [one, one]),
+        lambda one: softprompt.evaluate(tiny, [("a", "b")], one),
+    ):
+        for one, expected in ((behind, prefix), (array, ())):
+            with pytest.raises(Made) as found:
+                call(one)
+            assert found.value.args == (expected,)
+    with pytest.raises(ValueError, match="prompt 0, prompt 1: some of these .* TARGET_SENTINEL"):
+        softprompt.ensemble(tiny, TEXTS[:1], [behind, array])
+
+
+def test_a_prompt_of_another_backbone_is_used_where_that_was_asked_for(tiny, tmp_path):
+    other = backbones.random(SMALL, 1, tiny.vocabulary, tiny.mesh, "other")
+    [array] = prompts_of(tiny, (3,))
+    path = tmp_path / "p.safetensors"
+    theirs = {"backbone": other.name, "backbone_fingerprint": other.fingerprint}
+    softprompt.Prompt(array, theirs).save(path)
+    with pytest.raises(ValueError, match=r"'other' .*load_prompt\(path, backbone, ignore_finger"):
+        softprompt.load_prompt(path, tiny)
+    found = softprompt.load_prompt(path, tiny, ignore_fingerprint=True)
+    assert found.metadata["backbone_fingerprint"] == other.fingerprint
+    assert softprompt.classify(tiny, TEXTS[:1], LABELS[0], found)[0] in LABELS[0]
+    third = backbones.random(SMALL, 2, tiny.vocabulary, tiny.mesh, "third")
+    with pytest.raises(ValueError, match="was trained for the backbone 'other'"):
+        softprompt.score_labels(third, TEXTS[:1], LABELS[0], found)
+
+
+@pytest.mark.parametrize("name", ["../esc", "/tmp/esc", "a/b", "..", ".", "", "a\\b"])
+def test_a_member_stays_in_the_folder(tiny, pairs, tmp_path, name):
+    with pytest.raises(ValueError, match="a member has the name .*, expected that of a folder in"):
+        softprompt.tune_many(tiny, [{"name": name}], tmp_path / "runs", train_data=pairs)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_deep_prompt_shares_no_batch_and_is_not_cut_silently(tiny):
     cfg = dataclasses.replace(tiny.cfg, num_encoder_layers=2)
     two = backbones.random(cfg, 0, tiny.vocabulary, tiny.mesh, "two layers")

@@ -84,6 +84,13 @@ def test_metadata_comes_back_and_equal_files_have_equal_bytes(tmp_path):
     assert content[0] == content[1]
 
 
+@pytest.mark.parametrize("name", ["p.npy", "p", "p.safetensor"])
+def test_a_name_that_would_be_read_as_another_kind_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name}', expected a name in .safetensors"):
+        prompt.Prompt(np.ones((2, 3), np.float32), {}).save(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
 def test_torn_altered_and_foreign_files_are_named(tmp_path):
     path = tmp_path / "p.safetensors"
     prompt.save(path, np.ones((2, 3), np.float32), {})

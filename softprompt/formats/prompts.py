@@ -20,6 +20,7 @@ from softprompt.formats import t5x
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_MODEL = "adapter_model.safetensors"
 PEFT_NAME = "prompt_embeddings"
+SUFFIX = ".safetensors"
 
 Prompt = tuple[np.ndarray, dict[str, Any]]
 
@@ -172,7 +173,12 @@ def write(
     metadata: Mapping[str, Any],
     deep: np.ndarray | None = None,
 ) -> None:
-    """Writes a prompt `[P, H]`, and `deep` `[D - 1, P, H]`, as ours (`.safetensors`)."""
+    """Writes a prompt `[P, H]`, and `deep` `[D - 1, P, H]`, as ours (`.safetensors`).
+
+    Another ending is an error: what reads prompts would take the file for another kind.
+    """
+    if pathlib.Path(path).suffix != SUFFIX:
+        raise ValueError(f"cannot save a prompt as {str(path)!r}, expected a name in {SUFFIX}")
     arrays = {"prompt": np.asarray(array, np.float32)}
     if deep is not None:
         arrays["deep"] = np.asarray(deep, np.float32)
