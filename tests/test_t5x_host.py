@@ -16,7 +16,7 @@ pytest.importorskip(
 from t5x import partitioning, trainer, utils
 
 from softprompt import backbone as backbones
-from softprompt import config, convert, data, formats, launch, optim, t5x_host, train, tree
+from softprompt import config, convert, data, formats, optim, t5x_host, train, tree
 from softprompt import prompt as prompts
 from softprompt.prompted import PromptedT5
 
@@ -115,10 +115,17 @@ def t5x(binary, stored, folder, *flags):
 
 def ours(prompt, folder):
     """The figures of a prompt in a file under our own binary."""
-    return launch.eval(
-        mixture_or_task_name=TASK, task_feature_lengths=LENGTHS, eval_output_dir=folder,
-        initial_checkpoint_path="embedded", prompt_file=prompt,
+    run = subprocess.run(
+        [
+            sys.executable, "-m", "softprompt", "eval", "--gin_file=models/t5_1_1_embedded.gin",
+            "--gin_file=runs/prompt_eval.gin", f"--gin.MIXTURE_OR_TASK_NAME={TASK}",
+            f"--gin.TASK_FEATURE_LENGTHS={LENGTHS}", f"--gin.PROMPT_FILE={prompt}",
+            f"--gin.EVAL_OUTPUT_DIR={folder}",
+        ],
+        capture_output=True, text=True,
     )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads((folder / f"{TASK}.json").read_text())
 
 
 def inferred(stored, folder, name, *flags):
