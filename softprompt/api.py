@@ -41,7 +41,7 @@ from softprompt.backbone import Backbone
 from softprompt.inputs import Shared
 from softprompt.prompt import Prompt
 from softprompt.reparameterise import Mlp
-from softprompt.settings import check_numbers, check_settings
+from softprompt.settings import check_counts, check_numbers, check_settings
 from softprompt.tree import Flat
 
 Pair = tuple[str, str]
@@ -489,10 +489,9 @@ def generate(
     `prompt` is one for all texts, or a list with the prompt of each: they share batches. What is
     sampled for a text depends on `seed` and on its place among the texts.
     """
-    check_settings(
-        "float32", LENGTHS, max_tokens=(max_tokens, 1), beams=(beams, 1), top_k=(top_k, 0),
-        batch_size=(batch_size, 1),
-    )  # fmt: skip
+    check_counts(
+        max_tokens=(max_tokens, 1), beams=(beams, 1), top_k=(top_k, 0), batch_size=(batch_size, 1)
+    )
     check_numbers(temperature=(temperature, 0), top_p=(top_p, 0))
     lengths = {**LENGTHS, "targets": max_tokens}
     examples = _texts(backbone, texts, lengths)
@@ -516,7 +515,7 @@ def score_labels(
     `prompt` is one for all texts, or a list with the prompt of each; `labels` are those of all
     texts, or a list with those of each. Then a label that a text lacks scores -inf.
     """
-    check_settings("float32", LENGTHS, batch_size=(batch_size, 1))
+    check_counts(batch_size=(batch_size, 1))
     examples = _texts(backbone, texts, LENGTHS)
     labels = _label_lists(labels, len(texts))
     bank, which = _with_prompts(backbone, prompt, len(texts))
@@ -552,7 +551,7 @@ def ensemble(
     `majority()` and, of labels, `mean_probability()` are the ensemble's predictions, and
     `agreement(predictions)` says how many of the prompts are behind them.
     """
-    check_settings("float32", LENGTHS, max_tokens=(max_tokens, 1), batch_size=(batch_size, 1))
+    check_counts(max_tokens=(max_tokens, 1), batch_size=(batch_size, 1))
     if not isinstance(prompt, list | tuple) or not len(prompt):
         raise ValueError("an ensemble needs a list of one or more prompts")
     labels = None if labels is None else _label_list(labels)

@@ -49,6 +49,7 @@ from softprompt.settings import (
     check_kinds,
     check_numbers,
     check_path,
+    check_patterns,
     check_settings,
     load_tasks,
     use_vocabulary,
@@ -208,7 +209,7 @@ def train(
             labels, labels is None or are_texts(labels), "a list such as ('yes', 'no') or None"
         ),
     )  # fmt: skip
-    tree.check_patterns(TRAINABLE=trainable, FROZEN=frozen)
+    check_patterns(TRAINABLE=trainable, FROZEN=frozen)
     if best_metric is not None and not isinstance(best_metric, str):
         raise ValueError(f"BEST_METRIC is {best_metric!r}, expected the name of a figure")
     if not prompt_length and (prompt_depth != 1 or reparameterisation is not None):

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -71,6 +72,20 @@ def check_kinds(**settings: tuple[Any, bool, str]) -> None:
 def are_texts(value: Any) -> bool:
     """Whether it is a list or tuple of texts."""
     return isinstance(value, list | tuple) and all(isinstance(x, str) for x in value)
+
+
+def check_patterns(**patterns: Any) -> None:
+    """Raises unless each `NAME=patterns` is a list or tuple of regular expressions."""
+    for name, found in patterns.items():
+        expected = "a list of regular expressions: ('prompt/.*',)"
+        check_kinds(**{name: (found, are_texts(found), expected)})
+        for pattern in found:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"{name} holds {pattern!r}, which is no regular expression: {error}"
+                ) from None
 
 
 def import_modules(modules: str | Sequence[str] | None) -> None:

@@ -53,22 +53,6 @@ def split(
     return trained, rest
 
 
-def check_patterns(**patterns: Any) -> None:
-    """Raises unless each `NAME=patterns` is a list or tuple of regular expressions."""
-    for name, found in patterns.items():
-        if not isinstance(found, list | tuple) or not all(isinstance(x, str) for x in found):
-            raise ValueError(
-                f"{name} is {found!r}, expected a list of regular expressions: ('prompt/.*',)"
-            )
-        for pattern in found:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(
-                    f"{name} holds {pattern!r}, which is no regular expression: {error}"
-                ) from None
-
-
 def matches(path: str, patterns: Iterable[str]) -> bool:
     """Whether any pattern matches the whole path."""
     return any(re.fullmatch(pattern, path) for pattern in patterns)

@@ -9,7 +9,7 @@ import pytest
 from safetensors import numpy as safetensors_numpy
 
 from softprompt import backbone as backbones
-from softprompt import checkpoint, tree
+from softprompt import checkpoint, settings, tree
 from softprompt.formats import Stored, native
 from softprompt.vocabulary import Vocabulary, open_vocabulary
 
@@ -189,9 +189,9 @@ def test_a_file_of_an_earlier_version_is_read_and_its_broken_metadata_named(tmp_
     ],
 )
 def test_what_is_no_list_of_patterns_is_refused(patterns, message):
-    tree.check_patterns(TRAINABLE=("prompt/.*",), FROZEN=[])
+    settings.check_patterns(TRAINABLE=("prompt/.*",), FROZEN=[])
     with pytest.raises(ValueError, match=message):
-        tree.check_patterns(FROZEN=patterns)
+        settings.check_patterns(FROZEN=patterns)
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_the_old_file(tmp_path, monkeypatch):

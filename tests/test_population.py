@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY
+from test_train import Killed, killed_before_its_prompts
 
 from softprompt import backbone as backbones
 from softprompt import (
@@ -187,10 +188,6 @@ def test_one_that_diverges_ends_alone(tiny, pairs):
     assert_same(found[1], alone(tiny, good))
 
 
-class Killed(Exception):
-    pass
-
-
 def test_stopped_and_killed_it_ends_as_if_it_had_not_been_and_leaves_what_single_runs_leave(
     tiny, pairs, tmp_path
 ):
@@ -253,19 +250,7 @@ def test_stopped_and_killed_it_ends_as_if_it_had_not_been_and_leaves_what_single
 def test_killed_before_its_prompt_a_member_without_evaluation_can_be_finished(
     tiny, pairs, tmp_path, monkeypatch
 ):
-    write, steps = prompt.saver({}, None), []
-
-    def killed(path, trained, note):
-        if path.name != "initial":
-            raise Killed
-        write(path, trained, note)
-
-    save_state = checkpoint.save_state
-    monkeypatch.setattr(
-        checkpoint, "save_state",
-        lambda folder, state, *rest: [steps.append(int(state["step"])),
-                                      save_state(folder, state, *rest)],
-    )  # fmt: skip
+    write, killed, steps = killed_before_its_prompts(monkeypatch)
     one = member(tiny, pairs, None, "a", train_steps=1, model_dir=tmp_path, save=write)
     with pytest.raises(Killed):
         population.fit(tiny, [dataclasses.replace(one, save=killed)])

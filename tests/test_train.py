@@ -237,9 +237,8 @@ def test_the_lock_of_a_killed_run_is_free(tmp_path):
         pass
 
 
-def test_killed_before_its_prompts_a_run_without_evaluation_can_be_finished(
-    tiny, pairs, tmp_path, monkeypatch
-):
+def killed_before_its_prompts(monkeypatch):
+    """A `save` that writes, one of a run that is killed there, and the steps of its checkpoints."""
     write, steps = prompt.saver({}, None), []
 
     def killed(path, trained, note):
@@ -253,6 +252,13 @@ def test_killed_before_its_prompts_a_run_without_evaluation_can_be_finished(
         lambda folder, state, *rest: [steps.append(int(state["step"])),
                                       save_state(folder, state, *rest)],
     )  # fmt: skip
+    return write, killed, steps
+
+
+def test_killed_before_its_prompts_a_run_without_evaluation_can_be_finished(
+    tiny, pairs, tmp_path, monkeypatch
+):
+    write, killed, steps = killed_before_its_prompts(monkeypatch)
     with pytest.raises(Killed):
         fit(tiny, pairs, 2, model_dir=tmp_path, save=killed)
     assert steps == [2], "written once"
