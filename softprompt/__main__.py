@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import gc
 import os
 import pathlib
 import sys
@@ -53,6 +54,24 @@ def _without(*packages: str) -> Iterator[None]:
             del sys.modules[name]
 
 
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """First imports without garbage collections, which search all modules again and again.
+
+    Later collections leave out what lies in memory by then. Nothing happens in a program that
+    imported TensorFlow itself, or collects as it likes.
+    """
+    ours = "tensorflow" not in sys.modules and gc.isenabled()
+    if ours:
+        gc.disable()
+    try:
+        yield
+    finally:
+        if ours:
+            gc.freeze()
+            gc.enable()
+
+
 def _import_tensorflow() -> None:
     """Imports what reads data, with native libraries' start-up lines kept off the terminal.
 
@@ -66,9 +85,10 @@ def _import_tensorflow() -> None:
         os.dup2(held.fileno(), 2)
         failed = True
         try:
-            with _without("sklearn", "matplotlib"):
-                import tensorflow as tf
-            import seqio  # noqa: F401
+            with _uncollected():
+                with _without("sklearn", "matplotlib"):
+                    import tensorflow as tf
+                import seqio  # noqa: F401
 
             # TensorFlow only reads data here: leave the accelerators to JAX.
             tf.config.set_visible_devices([], "GPU")
@@ -91,7 +111,7 @@ def _use_compilation_cache() -> None:
         default = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
         folder = os.environ.get("SOFTPROMPT_CACHE_DIR", str(default / "softprompt"))
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(folder) / "jax"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def _split_cpu(count: int | None) -> None:
@@ -300,14 +320,9 @@ def _run_gin(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> int:
         of_many[args.command](*parsed)
         return 0
     config.parse(*parsed)
-    options = {}
-    if args.command == "train":
-        # Reading it takes the time that importing takes.
-        with config.errors():
-            options["shared"] = launch.load_ahead(config.arguments(launch.train))
     _use_data(args)
     with config.errors():
-        config.configured(getattr(launch, args.command))(**options)
+        config.configured(getattr(launch, args.command))()
     return 0
 
 

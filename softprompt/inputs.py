@@ -1,9 +1,7 @@
 """What a training run reads: batches in one of three forms, and what several runs share."""
 
 import dataclasses
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -28,22 +26,7 @@ class Shared:
         if key not in self._found:
             # The arguments are kept, for the identity of a dead object may be taken again.
             self._found[key] = (function(*arguments), arguments)
-        found = self._found[key][0]
-        return found.result() if isinstance(found, Future) else found
-
-    def ahead(self, function: Callable, *arguments: Any) -> None:
-        """Begins such a call in a thread. Who makes it later gets what it returns or raises."""
-        future: Future = Future()
-
-        def call() -> None:
-            try:
-                future.set_result(function(*arguments))
-            except BaseException as error:
-                future.set_exception(error)
-
-        self._found[(function, *map(self._key, arguments))] = (future, arguments)
-        # No daemon: one that still runs XLA when the interpreter is gone would abort the process.
-        threading.Thread(target=call).start()
+        return self._found[key][0]
 
     @staticmethod
     def _key(argument: Any) -> Any:

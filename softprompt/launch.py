@@ -6,7 +6,6 @@ Training, from gin's values to a run, is here; what predicts without it is in `p
 
 import dataclasses
 import functools
-import inspect
 import os
 import pathlib
 import time
@@ -92,17 +91,6 @@ def _load_backbone(
     vocabulary = open_vocabulary(vocabulary_file) if vocabulary_file else None
     cfg = dataclasses.replace(t5_config.config(architecture, dropout_rate, dtype), remat=remat)
     return backbones.random(cfg, seed, vocabulary, mesh, architecture, weights)
-
-
-def load_ahead(settings: Mapping[str, Any]) -> Shared:
-    """What `train` shares, where a thread loads the stored backbone that its arguments name."""
-    shared = Shared()
-    if settings["initial_checkpoint_path"] is not None:
-        given = {**settings, "mesh": settings["mesh"](), "seed": 0}
-        names = inspect.signature(_load_backbone).parameters
-        given["path"] = given["initial_checkpoint_path"]
-        shared.ahead(_load_backbone, *(given[name] for name in names))
-    return shared
 
 
 def train(
