@@ -21,11 +21,11 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from softprompt import checkpoint, partition, throughput, train, train_step, tree
+from softprompt import checkpoint, partition, selection, throughput, train, train_step, tree
 from softprompt.backbone import Backbone
 from softprompt.logbook import Logbook, duration, say
-from softprompt.prompted import PromptedT5
-from softprompt.train import PROMPT, Result
+from softprompt.prompted import PROMPT, PromptedT5
+from softprompt.train import Result
 from softprompt.train_step import State
 
 Batch = Mapping[str, np.ndarray]
@@ -110,7 +110,7 @@ class _Run:
         self._everywhere = partition.replicated(backbone.mesh)
         prompt = jax.device_put(np.asarray(member.prompt, np.float32), self._everywhere)
         self.state = train_step.init_state({PROMPT: prompt}, member.optimizer, backbone.mesh)
-        self.best: dict[str, Any] = train.UNJUDGED
+        self.best: dict[str, Any] = selection.UNJUDGED
         folder, restored = member.model_dir, None
         if folder is not None:
             restored = checkpoint.restore_state(folder, self.state, say)
@@ -126,7 +126,7 @@ class _Run:
             member.save(pathlib.Path(folder) / "prompts" / "initial", {PROMPT: prompt}, {"step": 0})
         self._best_trained = None
         if self.best["step"]:
-            self.best, self._best_trained = train.restore_best(
+            self.best, self._best_trained = selection.restore(
                 folder, self.best, {PROMPT}, member.save
             )
         self.result: Result | None = None
@@ -165,7 +165,7 @@ class _Run:
             if self.step > self._saved:
                 self._save_checkpoint()
             if member.save and member.model_dir is not None and not member.evaluate:
-                train.save_unjudged(member.model_dir, member.save, now, self.step, self.best)
+                selection.save_unjudged(member.model_dir, member.save, now, self.step, self.best)
         self._log.close()
         stopped = status == INTERRUPTED
         self.result = Result.of(self.step, now, self.best, self._best_trained, stopped)
@@ -222,12 +222,12 @@ class _Run:
         self._log.write("eval/metrics", step, figures)
         shown = "  ".join(f"{k} {v:.4g}" for k, v in figures.items())
         say(f"{member.name}: step {step}  {shown}")
-        self.best = train.better_of(self.best, step, figures, member.best_metric)
+        self.best = selection.better_of(self.best, step, figures, member.best_metric)
         now = self._trained()
         if self.best["step"] == step:
             self._best_trained = now
         if member.model_dir is not None:
-            train.save_evaluated(member.model_dir, member.save, now, step, figures, self.best)
+            selection.save_evaluated(member.model_dir, member.save, now, step, figures, self.best)
 
 
 class _Group:

@@ -23,10 +23,10 @@ from softprompt import (
     partition,
     provenance,
     report,
+    selection,
     tree,
     voting,
 )
-from softprompt import train as training
 from softprompt.backbone import Backbone
 from softprompt.logbook import say
 from softprompt.settings import UserData, check_settings, load_tasks, use_vocabulary
@@ -138,7 +138,7 @@ def _ensemble(
     """Reports the ensemble of `files`, and its cost against the parameters and lengths `alone`."""
 
     def choose(figures: Mapping[str, float]) -> float:
-        return training.choose_metric(figures, best_metric)
+        return selection.choose_metric(figures, best_metric)
 
     reports = voting.evaluate(predictor, flat, tasks, banks.told_apart(files), choose, folder)
     figures: dict[str, float] = {}

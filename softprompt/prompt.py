@@ -14,7 +14,7 @@ import numpy as np
 
 from softprompt import partition, tree
 from softprompt.formats import prompts
-from softprompt.prompted import PromptedT5, slots
+from softprompt.prompted import DEEP, PROMPT, PromptedT5, slots
 from softprompt.vocabulary import Vocabulary
 
 # Lester et al. 2021, section 3.2: sampled from "the 5,000 most common tokens", which are the first
@@ -158,7 +158,7 @@ def deep_rows(backbone: Any, array: np.ndarray, depth: int | str) -> np.ndarray 
         return module.apply({"params": tree.unflatten(flat)}, ids, method="layer_inputs")
 
     ids = slots(backbone.cfg.vocab_size, len(array))[None]
-    found = jax.jit(states)({**backbone.params, "prompt/bank": bank}, ids)
+    found = jax.jit(states)({**backbone.params, PROMPT: bank}, ids)
     return np.asarray(found[: depth - 1, 0], np.float32)
 
 
@@ -226,9 +226,9 @@ def saver(about: Mapping[str, Any], labels: Sequence[str] | None) -> Callable[..
     """The `save` of `train.fit`: the prompt among what was trained, with `about` and labels."""
 
     def save(path: Any, trained: Mapping[str, np.ndarray], note: Mapping[str, Any]) -> None:
-        if "prompt/bank" in trained:
+        if PROMPT in trained:
             note = {**about, "class_labels": labels and list(labels), **note}
-            array, deep = trained["prompt/bank"], trained.get("prompt/deep")
+            array, deep = trained[PROMPT], trained.get(DEEP)
             prompts.write(f"{path}.safetensors", array, note, deep)
 
     return save
@@ -271,9 +271,9 @@ def attach(
     everywhere = partition.replicated(backbone.mesh)
     flat = dict(backbone.params)
     if len(rows):
-        flat["prompt/bank"] = partition.place(rows, everywhere)
+        flat[PROMPT] = partition.place(rows, everywhere)
     if deep is not None:
-        flat["prompt/deep"] = partition.place(deep, everywhere)
+        flat[DEEP] = partition.place(deep, everywhere)
     return flat, lengths
 
 

@@ -23,6 +23,8 @@ from softprompt.t5 import T5, Before
 from softprompt.t5_config import T5Config
 
 Array = jax.Array
+# Parameters that are the prompt: its bank `[N·P, H]`, and the rows of deeper layers.
+PROMPT, DEEP = "prompt/bank", "prompt/deep"
 # Logical axes of a bank: see `partition`.
 BANK_AXES = ("prompt", "embed")
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from softprompt.prompted import PROMPT
 from softprompt.tree import Flat
 
 NETWORK = "prompt/network/"
@@ -55,7 +56,7 @@ class Mlp:
 
         Maps start uniform within 1/sqrt of what they sum over.
         """
-        rows, width = np.shape(prompt["prompt/bank"])
+        rows, width = np.shape(prompt[PROMPT])
         count = () if self.shared else (rows,)
         keys = iter(jax.random.split(key, 4))
         sizes = {"down": (width, self.bottleneck), "up": (self.bottleneck, width)}

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from softprompt import checkpoint, config, data, launch, page, provenance, report
+from softprompt import checkpoint, config, data, launch, page, provenance, report, selection
 from softprompt import train as training
 from softprompt.logbook import duration, say
 from softprompt.report_many import folder_name
@@ -307,7 +307,7 @@ def do(run: Run, binary: str) -> Outcome | None:
         if binary == "train" and found.interrupted:
             return None
         figures = found.metrics if binary == "train" else found
-    score = training.choose_metric(figures, best_metric) if figures else None
+    score = selection.choose_metric(figures, best_metric) if figures else None
     seconds = time.monotonic() - began
     record = {
         "score": score, "figures": figures, "seconds": seconds, "configuration": identity,

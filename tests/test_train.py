@@ -27,6 +27,7 @@ from softprompt import (
     partition,
     prompt,
     prompted,
+    selection,
     train,
     train_step,
     tree,
@@ -412,9 +413,9 @@ def test_the_best_step_is_kept_and_patience_stops(tiny, pairs):
 
 
 def test_any_number_is_better_than_nan():
-    best = train.UNJUDGED
+    best = selection.UNJUDGED
     for step, metric in enumerate((float("nan"), float("nan"), -5.0, float("nan"), 1.0), 1):
-        best = train.better_of(best, step, {"accuracy": metric}, None)
+        best = selection.better_of(best, step, {"accuracy": metric}, None)
         assert (best["step"], best["waited"]) == ((1, 0), (1, 1), (3, 0), (3, 1), (5, 0))[step - 1]
 
 
@@ -475,10 +476,10 @@ def test_without_a_prompt_of_the_older_step_the_best_is_chosen_anew(tiny, pairs,
 
 def test_best_metric_may_be_named_and_minimised():
     figures = {"loss": 2.0, "accuracy": 50.0, "illegal": 7.0}
-    assert train.choose_metric(figures, "-loss") == -2.0
-    assert train.choose_metric(figures, "accuracy") == 50.0
+    assert selection.choose_metric(figures, "-loss") == -2.0
+    assert selection.choose_metric(figures, "accuracy") == 50.0
     with pytest.raises(ValueError, match="'f1' is not among the figures loss, accuracy"):
-        train.choose_metric(figures, "f1")
+        selection.choose_metric(figures, "f1")
 
 
 def test_without_an_evaluation_nothing_is_evaluated(tiny, pairs):

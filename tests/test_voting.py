@@ -8,7 +8,7 @@ import pytest
 from conftest import TINY
 
 from softprompt import backbone as backbones
-from softprompt import data, evaluation, partition, prompt, train, voting
+from softprompt import data, evaluation, partition, prompt, selection, train, voting
 from softprompt.voting import Votes, vote
 
 LABELS = ["positive", "negative", "none"]
@@ -56,7 +56,7 @@ def made(tiny, pairs, mode):
 def test_an_ensemble_is_its_prompts_and_its_file_gives_the_vote_again(tiny, pairs, tmp_path, mode):
     prompts, task, predictor, flat = made(tiny, pairs, mode)
     names = ["a", "b", "c"]
-    choose = lambda figures: train.choose_metric(figures, None)  # noqa: E731
+    choose = lambda figures: selection.choose_metric(figures, None)  # noqa: E731
     report = voting.evaluate(predictor, flat, [task], names, choose, tmp_path)["pairs"]
     for array, figures in zip(prompts, report.prompts, strict=True):
         alone = evaluation.Predictor(tiny, len(array), mode, 8, 3)
