@@ -132,6 +132,8 @@ class _Run:
         self.result: Result | None = None
         self._stream = member.batches(self.step)
         self.batch = dict(next(self._stream))
+        # What goes together is told by the first batches, also where a run goes on.
+        self.first = self.batch if not self.step else next(member.batches(0))
         self._behind: tuple[int, Iterator[Batch]] | None = None
         self._settle()
 
@@ -149,6 +151,9 @@ class _Run:
         """Ends the run if it is at its last step or out of patience."""
         member = self.member
         if self.step >= member.train_steps:
+            if member.evaluate and not self.best["step"]:  # Nothing was left to do.
+                self._evaluate()
+                self._save_checkpoint()
             self.end(FINISHED)
         elif member.patience and self.best["waited"] >= member.patience:
             say(
@@ -237,30 +242,28 @@ class _Group:
         self.runs = list(runs)
         self._frozen = dict(backbone.params)
         self._rows = NamedSharding(backbone.mesh, PartitionSpec(None, *partition.spec(("batch",))))
+        self._cfg, self._by_rows = backbone.cfg, partition.batch_sharding(backbone.mesh)
         # A mask of dropout is drawn for a shape, and is to be the one that a member draws alone.
         self._one_shape = backbone.cfg.dropout_rate > 0
-        self._step = jax.jit(
-            self._make_step(backbone), compiler_options=train_step.compiler_options()
-        )
+        self._label_ids = None
+        if self.runs[0].member.label_ids is not None:
+            labels = [run.member.label_ids for run in self.runs]
+            widest = tuple(max(x.shape[axis] for x in labels) for axis in (0, 1))
+            self._label_ids = np.stack([_padded(x, widest) for x in labels])
+        self._step = jax.jit(self._make_step(), compiler_options=train_step.compiler_options())
 
-    def _make_step(self, backbone: Backbone):
-        members = [run.member for run in self.runs]
+    def _make_step(self):
+        members, label_ids = [run.member for run in self.runs], self._label_ids
         lengths = [len(member.prompt) for member in members]
         one = members[0]
         loss_fn = train_step.make_loss(
-            PromptedT5(backbone.cfg, max(lengths)),
+            PromptedT5(self._cfg, max(lengths)),
             one.z_loss,
             one.label_smoothing,
-            one.label_ids is not None,
+            label_ids is not None,
         )
-        label_ids = None
-        if one.label_ids is not None:
-            shapes = [member.label_ids.shape for member in members]
-            widest = tuple(max(shape[axis] for shape in shapes) for axis in (0, 1))
-            label_ids = np.stack([_padded(member.label_ids, widest) for member in members])
 
-        def gradient(bank, frozen, batch, labels, key):
-            batch = train_step.with_dropout(batch, backbone.cfg, key, labels)
+        def gradient(bank, frozen, batch, labels):
             return jax.value_and_grad(loss_fn, has_aux=True)({PROMPT: bank}, frozen, batch, labels)
 
         def step(states: list[State], frozen: tree.Flat, batch: Mapping[str, jax.Array]):
@@ -271,16 +274,8 @@ class _Group:
                     for state, n in zip(states, lengths, strict=True)
                 ]
             )
-            keys = jnp.stack(
-                [
-                    train_step.step_key(member.seed, state["step"])
-                    for member, state in zip(members, states, strict=True)
-                ]
-            )
-            axes = (0, None, 0, None if label_ids is None else 0, 0)
-            (mean, (loss, count)), grads = jax.vmap(gradient, axes)(
-                bank, frozen, batch, label_ids, keys
-            )
+            axes = (0, None, 0, None if label_ids is None else 0)
+            (mean, (loss, count)), grads = jax.vmap(gradient, axes)(bank, frozen, batch, label_ids)
             return [
                 train_step.advance(
                     state,
@@ -322,12 +317,23 @@ class _Group:
             idle = np.zeros(shape, np.int32)
             rows = [_padded(run.batch[name], shape) if run in active else idle for run in self.runs]
             batch[name] = np.stack(rows)
-        states = self._step(
-            [run.state for run in self.runs], self._frozen, jax.device_put(batch, self._rows)
-        )
+        batch = self._with_dropout(jax.device_put(batch, self._rows))
+        states = self._step([run.state for run in self.runs], self._frozen, batch)
         for run, state in zip(self.runs, states, strict=True):
             if run in active:
                 run.state = state
+
+    def _with_dropout(self, batch: Mapping[str, jax.Array]) -> Mapping[str, Any]:
+        """The batch and what dropout keeps of each member's rows, if there is dropout."""
+        if not self._cfg.dropout_rate:
+            return batch
+
+        def draw(batch, key, labels):
+            return train_step.with_dropout(batch, self._cfg, key, labels, self._by_rows)
+
+        keys = [train_step.step_key(run.member.seed, run.state["step"]) for run in self.runs]
+        axes = (0, 0, None if self._label_ids is None else 0)
+        return jax.vmap(draw, axes)(batch, jnp.stack(keys), self._label_ids)
 
 
 def _padded(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -344,16 +350,16 @@ def _grouped(runs: Sequence[_Run], backbone: Backbone) -> list[_Group]:
 
     def kind(run: _Run) -> tuple:
         member, labels = run.member, run.member.label_ids
-        found = (labels is not None, member.z_loss, member.label_smoothing, *sorted(run.batch))
+        found = (labels is not None, member.z_loss, member.label_smoothing, *sorted(run.first))
         if backbone.cfg.dropout_rate > 0:
-            found += tuple(x.shape for _, x in sorted(run.batch.items()))
+            found += tuple(x.shape for _, x in sorted(run.first.items()))
             found += () if labels is None else labels.shape
-        elif labels is not None and "encoder_segments" in run.batch:
+        elif labels is not None and "encoder_segments" in run.first:
             found += labels.shape[1:]
         return found
 
     def width(run: _Run) -> int:
-        return run.batch["encoder_ids"].shape[1]
+        return run.first["encoder_ids"].shape[1]
 
     kinds: dict[tuple, list[list[_Run]]] = {}
     for run in sorted(runs, key=width, reverse=True):
