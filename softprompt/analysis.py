@@ -92,10 +92,12 @@ def read(
 
 def _short_names(paths: Sequence[str]) -> list[str]:
     """The shortest endings of the paths that tell them apart, without file endings."""
-    # A folder's name may hold a point: `sentiment-rate0.3-seed0`.
+    # A folder's name may hold a point: `sentiment-rate0.3-seed0`. `.` and `..` name none.
     parts = [
-        (path if pathlib.Path(path).is_dir() else path.with_suffix("")).parts
-        for path in map(pathlib.PurePath, paths)
+        (path.resolve() if path.name in ("", "..") else path).parts
+        if path.is_dir()
+        else path.with_suffix("").parts
+        for path in map(pathlib.Path, paths)
     ]
     parts = [p[:-2] if p[-2:] == ("prompts", "best") and len(p) > 2 else p for p in parts]
     for count in range(1, max(map(len, parts)) + 1):

@@ -123,6 +123,7 @@ def read_pairs(
     """
     from softprompt.tasks import records
 
+    labels = None if labels is None else _label_list(labels)
     return records.read_pairs(path, template, target, labels)
 
 
@@ -139,14 +140,25 @@ def _examples(
         if len(tasks) > 1:
             raise ValueError(f"{source!r} is a mixture; name one of its tasks")
         task = evaluation.from_task(tasks[0][0], split, lengths, vocabulary)
+        task = dataclasses.replace(task, labels=labels or task.labels)
         return task.examples, task
-    examples = data.from_pairs(source, vocabulary, lengths, split)
+    pairs = list(source)
+    for i, pair in enumerate(pairs):
+        if not _is_list(pair):
+            raise ValueError(f"{split}: pair {i} is {pair!r}, expected (text, target) strings")
+    examples = data.from_pairs(pairs, vocabulary, lengths, split)
+    for _, target in pairs:
+        if labels is not None and target not in labels:
+            raise ValueError(f"{split}: the target {target!r} is not among the labels {labels}")
     return examples, evaluation.from_pairs(examples, labels)
 
 
 def _vocabulary(backbone: Backbone):
     if backbone.vocabulary is None:
-        raise ValueError(f"the backbone {backbone.name!r} has no vocabulary")
+        raise ValueError(
+            f"the backbone {backbone.name!r} has no vocabulary: give load_backbone a "
+            f"vocabulary_file, such as T5's spiece.model"
+        )
     return backbone.vocabulary
 
 
@@ -300,9 +312,6 @@ def _tuning(
     labels = labels or judged.labels
     if isinstance(train_data, str) and validation_data is None:
         validation_data = train_data
-    for text in {target for _, target in train_data} if not isinstance(train_data, str) else ():
-        if labels is not None and text not in labels:
-            raise ValueError(f"the target {text!r} is not among the labels {list(labels)}")
     init = prompt_init or (prompts.class_labels if labels else prompts.sampled_vocab)
     source = prompts.Source(backbone.embedding(), backbone.vocabulary, labels, backbone)
     initial = init(jax.random.key(seed), prompt_length, source)
@@ -386,6 +395,8 @@ def _checked(name: str, prompt: Prompt | np.ndarray | None, backbone: Backbone) 
         return None
     if isinstance(prompt, str | os.PathLike):
         raise ValueError(f"{name} is the path {str(prompt)!r}: give load_prompt of it")
+    if isinstance(prompt, list | tuple):
+        raise ValueError(f"{name} is a {type(prompt).__name__}, expected a Prompt or an array")
     found = prompt if isinstance(prompt, Prompt) else Prompt(prompt, {})
     prompts.check_rows(name, found.array, found.deep, backbone)
     accepted = found.accepted_for == backbone.fingerprint
@@ -490,8 +501,9 @@ def generate(
     sampled for a text depends on `seed` and on its place among the texts.
     """
     check_counts(
-        max_tokens=(max_tokens, 1), beams=(beams, 1), top_k=(top_k, 0), batch_size=(batch_size, 1)
-    )
+        max_tokens=(max_tokens, 1), beams=(beams, 1), top_k=(top_k, 0), seed=(seed, 0),
+        batch_size=(batch_size, 1),
+    )  # fmt: skip
     check_numbers(temperature=(temperature, 0), top_p=(top_p, 0))
     lengths = {**LENGTHS, "targets": max_tokens}
     examples = _texts(backbone, texts, lengths)
@@ -577,7 +589,7 @@ def evaluate(
     bank = _banked(backbone, {"prompt": prompt})
     task = _examples(source, split, backbone, lengths, labels)[1]
     predictor = _predictor(
-        backbone, bank.lengths, labels or task.labels, lengths, batch_size, prefix=bank.prefix
+        backbone, bank.lengths, task.labels, lengths, batch_size, prefix=bank.prefix
     )
     return evaluation.evaluate(predictor, bank.flat, [task])
 

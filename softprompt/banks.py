@@ -19,21 +19,26 @@ Read = tuple[Path | None, prompt.Prompt | None]
 def read(
     backbone: Backbone, files: Sequence[Path | None], ignore_fingerprint: bool, deep: bool
 ) -> list[Read]:
-    """The prompts in `files`; one that is deep is an error unless `deep`."""
-    return [
+    """The prompts in `files`; one that is deep is an error unless `deep`.
+
+    Says which were trained on weights of another type.
+    """
+    found = [
         (file, None if file is None else prompt.load_for(file, backbone, ignore_fingerprint, deep))
         for file in files
     ]
+    for file, one in found:
+        trained_on = one and one.metadata.get("backbone_weights", backbone.weights)
+        if one is not None and trained_on != backbone.weights:
+            say(f"{file}: trained on {trained_on} weights, these are {backbone.weights}")
+    return found
 
 
 def alone(backbone: Backbone, read: Read) -> tuple[tree.Flat, int]:
     """Parameters with one prompt, and its length (0 for None)."""
-    file, found = read
+    _, found = read
     if found is None:
         return dict(backbone.params), 0
-    trained_on = found.metadata.get("backbone_weights", backbone.weights)
-    if trained_on != backbone.weights:
-        say(f"{file}: trained on {trained_on} weights, these are {backbone.weights}")
     flat, [length] = prompt.attach(backbone, [found.array], found.deep)
     return flat, length
 

@@ -79,7 +79,7 @@ def start_from(params: Mapping[str, Any], path: str | os.PathLike) -> dict[str, 
 
     try:
         rows = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"EMBEDDINGS_FILE {str(path)!r} cannot be read: {error}") from None
     name, head = "token_embedder/embedding", "decoder/logits_dense/kernel"
     size, width = params[name].shape

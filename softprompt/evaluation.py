@@ -99,11 +99,13 @@ def encode_labels(
 ) -> np.ndarray:
     """Label ids `[C, L]` behind `prefix` and with EOS, padded with 0.
 
-    Labels with the same ids are an error.
+    Labels with the same ids, or none at all, are an error.
     """
     rows = [np.array([*prefix, *vocabulary.encode(text), EOS_ID], np.int32) for text in labels]
     seen: dict[tuple[int, ...], str] = {}
     for text, ids in zip(labels, rows, strict=True):
+        if len(ids) == len(prefix) + 1:
+            raise ValueError(f"the label {text!r} has no tokens, expected a text")
         key = tuple(ids.tolist())
         if key in seen:
             raise ValueError(f"the labels {seen[key]!r} and {text!r} have the same tokens")
@@ -195,6 +197,11 @@ class Predictor:
             )
         if not 0 < top_p <= 1:
             raise ValueError(f"top_p is {top_p:g}, expected more than 0 and at most 1")
+        if not temperature and (top_k or top_p < 1):
+            raise ValueError(
+                f"top_k is {top_k} and top_p {top_p:g}, but the temperature is 0, which samples "
+                f"nothing: raise it, or leave them out"
+            )
         self.backbone = backbone
         self.mode = mode
         self.prefix = tuple(prefix)

@@ -110,6 +110,8 @@ def infer(
 
     if pathlib.Path(output_file).is_dir():
         raise ValueError(f"OUTPUT_FILE {str(output_file)!r} is a folder, expected a file")
+    if os.path.realpath(output_file) == os.path.realpath(input_file):
+        raise ValueError(f"OUTPUT_FILE {str(output_file)!r} is INPUT_FILE, expected another file")
     lengths = task_feature_lengths or {"inputs": 512, "targets": 64}
     check_settings(dtype, lengths, BATCH_SIZE=(batch_size, 1), BEAMS=(beams, 1), TOP_K=(top_k, 0))
     check_numbers(TEMPERATURE=(temperature, 0), TOP_P=(top_p, 0))
@@ -126,6 +128,11 @@ def infer(
     for own in named.labels:
         if isinstance(own, str):
             raise ValueError(f"LABELS is {own!r}, expected a list such as {own.split(',')!r}")
+    if None not in named.labels and (beams > 1 or temperature):
+        raise ValueError(
+            f"got LABELS, which are ranked, with BEAMS {beams} and TEMPERATURE {temperature:g}, "
+            f"which are for generated texts: leave them out"
+        )
     texts = [
         records.fill(named.templates[k], row) for k, row in zip(named.which, rows, strict=True)
     ]

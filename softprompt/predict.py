@@ -102,6 +102,8 @@ def eval(
     tasks = [
         evaluation.from_task(source, split, task_feature_lengths, vocabulary) for source in sources
     ]
+    if beams > 1 and eval_mode == evaluation.RANK and None not in [task.labels for task in tasks]:
+        raise ValueError(f"BEAMS is {beams}, but EVAL_MODE 'rank' ranks labels: leave out one")
     for task in tasks:
         if message := data.cut_message(task.examples, task_feature_lengths):
             say(message)

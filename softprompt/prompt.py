@@ -328,5 +328,6 @@ def check_backbone(
         f"the prompt {str(path)!r} was trained for the backbone "
         f"{metadata.get('backbone')!r} ({trained_for}), this one is {backbone.name!r} "
         f"({backbone.fingerprint}); load that backbone, or override with "
-        f"--ignore_fingerprint (in Python load_prompt(path, backbone, ignore_fingerprint=True))"
+        f"--ignore_fingerprint of train, eval and infer (in Python load_prompt(path, backbone, "
+        f"ignore_fingerprint=True))"
     )

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shlex
 import sys
 import time
 
@@ -91,7 +92,7 @@ def run(
         f"  {program()} train --gin_file=models/t5_1_1_embedded.gin "
         "--gin_file=runs/prompt_classify.gin --gin_file=prompts/from_random_uniform.gin "
         f"--gin.MIXTURE_OR_TASK_NAME=embedded_{task} --gin.TRAIN_STEPS={steps} "
-        f"--gin.EVAL_PERIOD={max(steps // 3, 1)} --gin.MODEL_DIR={folder / 'gin'}"
+        f"--gin.EVAL_PERIOD={max(steps // 3, 1)} --gin.MODEL_DIR={shlex.quote(str(folder / 'gin'))}"
     )
     return 0
 

@@ -69,6 +69,7 @@ def write(folder: str | os.PathLike, words: analysis.Words | None = None) -> pat
       ValueError: the folder is that of none of these.
     """
     folder = pathlib.Path(folder)
+    folder = folder if folder.name not in ("", "..") else folder.resolve()
     if (folder / "transfer.json").is_file():
         text = report_many.transfer_page(folder)
     elif (folder / "results.csv").is_file():
@@ -274,6 +275,12 @@ def confidence(row: Mapping[str, Any]) -> float:
 
 def _of_task(found: Predictions, of: Run) -> Html:
     rows = found.rows
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, Mapping) or not {"input", "target", "prediction"} <= set(row):
+            raise checkpoint.CorruptFile(
+                f"predictions of {found.task} in {str(of.folder)!r}, line {number}: expected an "
+                f"object with input, target and prediction"
+            )
     wrong = [r for r in rows if r["prediction"] != r["target"]]
     right = [r for r in rows if r["prediction"] == r["target"]]
 

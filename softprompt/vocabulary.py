@@ -97,8 +97,12 @@ class Vocabulary:
         return self._processor.IdToPiece(int(i))
 
     def sentinel(self, i: int) -> int:
-        """Id of `<extra_id_i>`."""
-        return self._processor.PieceToId(f"▁<extra_id_{i}>")
+        """Id of `<extra_id_i>`, which some models hold without the blank before it."""
+        names = (f"▁<extra_id_{i}>", f"<extra_id_{i}>")
+        found = [n for n in map(self._processor.PieceToId, names) if n != UNK_ID]
+        if not found:
+            raise ValueError(f"the vocabulary {self.path!r} has no sentinel {names[1]}")
+        return found[0]
 
     def __eq__(self, other):
         return isinstance(other, Vocabulary) and self._hash == other._hash
@@ -108,9 +112,10 @@ class Vocabulary:
 
 
 class ByteVocabulary:
-    """ByT5's vocabulary (Xue et al. 2022, section 3.1): id = byte + 3, then 125 sentinels.
+    """ByT5's vocabulary (Xue et al. 2022, section 3.1): id = byte + 3, then 125 ids without use.
 
-    Ids agree with `seqio.ByteVocabulary(extra_ids=125)`. Its path is the word 'bytes'.
+    ByT5 takes the last bytes, which UTF-8 hardly has, for sentinels. Ids agree with
+    `seqio.ByteVocabulary(extra_ids=125)`. Its path is the word 'bytes'.
     """
 
     path = BYTES = "bytes"
@@ -138,8 +143,8 @@ class ByteVocabulary:
         return chr(i - 3) if 32 <= i - 3 < 127 else f"<0x{i - 3:02X}>"
 
     def sentinel(self, i: int) -> int:
-        """Id of sentinel i, counted from the end."""
-        return self.size - 1 - i
+        """Id of sentinel i, counted from the last byte."""
+        return 258 - i
 
     def __eq__(self, other):
         return isinstance(other, ByteVocabulary)

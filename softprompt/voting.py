@@ -51,7 +51,9 @@ class Votes:
         return np.mean([[a == b for a, b in zip(t, chosen, strict=True)] for t in self.texts], 0)
 
     def probabilities(self) -> np.ndarray:
-        """Probability `[E, C]` among the labels, the mean over prompts."""
+        """Probability `[E, C]` among the labels, the mean over prompts; an error without labels."""
+        if self.labels is None:
+            raise ValueError("these votes are generated texts, expected labels for a probability")
         shifted = np.exp(self.scores - self.scores.max(-1, keepdims=True))
         return (shifted / shifted.sum(-1, keepdims=True)).mean(0)
 

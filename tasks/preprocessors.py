@@ -24,7 +24,7 @@ def fields(
     row: Row, name: str, features: Sequence[str], labels: Sequence[str]
 ) -> Iterator[Example]:
     """`name field: value field: value …` and the label's name."""
-    text = " ".join([name, *(f"{field}: {row[field]}" for field in features)])
+    text = " ".join([name, *(f"{field}: {row.text(field)}" for field in features)])
     yield {
         "inputs": text,
         "targets": row.label("label", labels),
@@ -43,11 +43,12 @@ def multirc(row: Row, labels: Sequence[str]) -> Iterator[Example]:
 
 def record(row: Row) -> Iterator[Example]:
     """One example per correct answer; the highlights become sentences of the passage."""
-    passage = re.sub("([.?!\"'])\n@highlight\n", r"\1 ", row["passage"])
+    passage = re.sub("([.?!\"'])\n@highlight\n", r"\1 ", row.text("passage"))
     passage = passage.replace("\n@highlight\n", ". ")
     entities = ", ".join(row["entities"])
-    text = f"record query: {row['query']} entities: {entities} passage: {passage}"
-    answers = list(row["answers"])
+    text = f"record query: {row.text('query')} entities: {entities} passage: {passage}"
+    given = row["answers"]
+    answers = [given] if isinstance(given, str) else list(given)
     for answer in answers or ["<unk>"]:
         yield {
             "inputs": text,
@@ -76,7 +77,7 @@ def wsc(row: Row, only_correct: bool = False) -> Iterator[Example]:
 
 
 def _mark_pronoun(row: Row) -> str:
-    words, pronoun, at = row["text"].split(" "), row["span2_text"], row["span2_index"]
+    words, pronoun, at = row.text("text").split(" "), row["span2_text"], row["span2_index"]
     if not 0 < at < len(words):
         raise ValueError(f"{row.where}: span2_index is {at}, expected 1 to {len(words) - 1}")
     strip = False
@@ -99,9 +100,9 @@ def _mark_pronoun(row: Row) -> str:
 
 def stsb(row: Row) -> Iterator[Example]:
     """Similarity rounded to the nearest 0.2, as text."""
-    score = np.round(np.float32(row["label"]) * np.float32(5)) / np.float32(5)
+    score = np.round(np.float32(float(row.text("label"))) * np.float32(5)) / np.float32(5)
     yield {
-        "inputs": f"stsb sentence1: {row['sentence1']} sentence2: {row['sentence2']}",
+        "inputs": f"stsb sentence1: {row.text('sentence1')} sentence2: {row.text('sentence2')}",
         "targets": f"{score:.1f}",
         "idx": row.get("idx", 0),
     }
@@ -114,10 +115,10 @@ def squad(row: Row) -> Iterator[Example]:
     """
     given = row["answers"]
     given = given["text"] if isinstance(given, Mapping) else given
-    answers = [_pad_punctuation(text) for text in given]
+    answers = [_pad_punctuation(text) for text in ([given] if isinstance(given, str) else given)]
     if not answers:
         raise ValueError(f"{row.where}: the question has no answer")
-    question, context = _pad_punctuation(row["question"]), _pad_punctuation(row["context"])
+    question, context = map(_pad_punctuation, (row.text("question"), row.text("context")))
     yield {
         "inputs": _collapse(f"question: {question} context: {context}"),
         "targets": answers[0],

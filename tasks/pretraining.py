@@ -21,6 +21,7 @@ import seqio
 import tensorflow as tf
 
 from softprompt import vocabulary
+from softprompt.tasks import features
 from softprompt.tasks.features import FEATURES
 
 _corpus: str | None = None
@@ -163,7 +164,8 @@ def span_corruption(
             f"span corruption of {sequence_length['inputs']} inputs makes {targets_length} "
             f"targets; TASK_FEATURE_LENGTHS gives targets {sequence_length['targets']}"
         )
-    sentinel0 = output_features["inputs"].vocabulary.vocab_size - 1
+    del output_features
+    sentinel0 = vocabulary.open_vocabulary(features.vocabulary_path()).sentinel(0)
 
     @seqio.map_over_dataset(num_seeds=1)
     def corrupt(x, seed):

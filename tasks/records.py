@@ -6,12 +6,15 @@ import gzip
 import json
 import os
 import pathlib
+import re
 import string
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 Path = str | os.PathLike
+# Characters of a field in a table; Python's own limit of 131,072 is less than a long document.
+LONGEST_FIELD = 2**31 - 1
 
 
 class Row(dict):
@@ -34,19 +37,22 @@ class Row(dict):
     def label(self, field: str, labels: Sequence[str]) -> str:
         """The label name in `field`, which holds a name or an index into `labels`.
 
-        -1 is a row without label, as the test splits of GLUE have them: T5's text is `<unk>`.
+        Where there are numbers among the names, a number is a name; so are true and false. -1 is a
+        row without label, as the test splits of GLUE have them: T5's text is `<unk>`.
         """
         value = self[field]
-        if isinstance(value, str):
-            if value in labels:
-                return value
-            if not value.lstrip("-").isdigit():
-                raise ValueError(
-                    f"{self.where}: the label {value!r} is not one of {', '.join(labels)}"
-                )
+        if isinstance(value, bool):
+            names = {name.lower(): name for name in labels}
+            value = names.get(str(value).lower(), int(value))
+        elif isinstance(value, float) and value.is_integer():
             value = int(value)
-        if isinstance(value, bool) or isinstance(value, float) and value == int(value):
+        if isinstance(value, str | int) and str(value) in labels:
+            return str(value)
+        numbers = any(re.fullmatch("-?[0-9]+", name) for name in labels)
+        if isinstance(value, str) and not numbers and re.fullmatch("-?[0-9]{1,9}", value):
             value = int(value)
+        if isinstance(value, str) or isinstance(value, int) and numbers:
+            raise ValueError(f"{self.where}: the label {value!r} is not one of {', '.join(labels)}")
         if not isinstance(value, int) or not -1 <= value < len(labels):
             raise ValueError(
                 f"{self.where}: the label is {value!r}, expected 0 to {len(labels) - 1} "
@@ -88,7 +94,7 @@ def _json_lines(path: pathlib.Path, lines, _) -> Iterator[tuple[int, dict[str, A
             continue
         try:
             fields = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}:{number}: malformed JSON: {error}") from None
         if not isinstance(fields, dict):
             raise ValueError(f"{path}:{number}: expected a JSON object, got {line.strip()[:60]!r}")
@@ -101,16 +107,25 @@ def _json_lines(path: pathlib.Path, lines, _) -> Iterator[tuple[int, dict[str, A
 
 
 def _table(path: pathlib.Path, lines, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    csv.field_size_limit(LONGEST_FIELD)
     reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
     try:
         header = reader.fieldnames or []
-        if twice := sorted({name for name in header if header.count(name) > 1}):
+        if reader.fieldnames == []:
+            raise ValueError(f"{path}:1: expected the names of the columns, got a blank line")
+        if twice := sorted({name or "no name" for name in header if header.count(name) > 1}):
             raise ValueError(f"{path}:1: the header has {', '.join(twice)} twice")
         for fields in reader:
             if None in fields or None in fields.values():
                 raise ValueError(
                     f"{path}:{reader.line_num}: expected {len(reader.fieldnames)} columns "
                     f"({', '.join(reader.fieldnames)})"
+                )
+            if delimiter == "\t" and any("\t" in x and "\n" in x for x in fields.values()):
+                # Files with plain quotation marks: a row that begins with one would swallow others.
+                raise ValueError(
+                    f"{path}:{reader.line_num}: a text in quotation marks holds tabs and line "
+                    f"breaks; expected plain quotation marks doubled, or the file as JSON Lines"
                 )
             yield reader.line_num, fields
     except csv.Error as error:

@@ -177,17 +177,24 @@ def dataset_of(
         del shuffle_files, seed  # One file; seqio shuffles the examples.
         # Read now, so that a user's error surfaces as it is and not from inside TensorFlow.
         found = list(examples(split))
-        columns = {k: _column([row[k] for row in found], spec) for k, spec in signature.items()}
+        columns = {k: _column(k, [row[k] for row in found], spec) for k, spec in signature.items()}
         return tf.data.Dataset.from_tensor_slices(columns)
 
     return dataset_fn
 
 
-def _column(values: Sequence[Any], spec: tf.TensorSpec) -> tf.Tensor | tf.RaggedTensor:
+def _column(name: str, values: Sequence[Any], spec: tf.TensorSpec) -> tf.Tensor | tf.RaggedTensor:
     """A feature of all examples: `spec` is that of one, of rank 0 or a list of any length."""
-    if spec.shape.rank:
-        return tf.ragged.constant(values, spec.dtype, ragged_rank=1)
-    return tf.constant(values, spec.dtype, (len(values),))
+    try:
+        if spec.shape.rank:
+            return tf.ragged.constant(values, spec.dtype, ragged_rank=1)
+        return tf.constant(values, spec.dtype, (len(values),))
+    except (TypeError, ValueError) as error:
+        kinds = sorted({type(value).__name__ for value in values})
+        raise ValueError(
+            f"the field {name!r} holds {', '.join(kinds)}, expected {spec.dtype.name} in every "
+            f"row: {str(error).splitlines()[0][:120]}"
+        ) from None
 
 
 def add_task(
@@ -228,7 +235,10 @@ def register(spec: Spec) -> None:
     def examples(split: str) -> Iterator[dict[str, Any]]:
         text = spec.train_text if split == "train" and spec.train_text else spec.text
         for row in rows(spec, split):
-            yield from text(row)
+            try:
+                yield from text(row)
+            except (TypeError, KeyError, AttributeError) as error:
+                raise ValueError(f"{row.where}: this is no row of {spec.name}: {error!r}") from None
 
     add_task(
         spec.name, examples, tuple(spec.splits), spec.metric_fns, spec.postprocess_fn, spec.extras

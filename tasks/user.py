@@ -42,6 +42,8 @@ def register_task(
     }
     if not files:
         raise ValueError(f"task {name!r}: give at least one of train, validation and test file")
+    if isinstance(labels, str):
+        raise ValueError(f"task {name!r}: labels is {labels!r}, expected a list of texts")
     labels = None if labels is None else list(labels)
 
     def examples(split: str) -> Iterator[dict[str, Any]]:

@@ -144,6 +144,15 @@ def test_a_folder_s_name_is_kept_whole_though_it_holds_a_point(tmp_path, rng):
     assert [p.name for p in analysis.read([tmp_path / name for name in names])] == names
 
 
+def test_the_working_directory_is_called_by_its_name(tmp_path, rng, monkeypatch):
+    path = tmp_path / "run" / "prompts" / "best.safetensors"
+    prompts.write(path, rng.normal(size=(2, 8)).astype(np.float32), {})
+    monkeypatch.chdir(tmp_path / "run")
+    assert [p.name for p in analysis.read(["."])] == ["run"]
+    monkeypatch.chdir(path.parent)
+    assert [p.name for p in analysis.read([".."])] == ["run"]
+
+
 def test_prompts_of_two_widths_are_refused(tmp_path, rng):
     for width in (8, 9):
         np.save(tmp_path / f"{width}.npy", rng.normal(size=(2, width)).astype(np.float32))

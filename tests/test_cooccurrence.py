@@ -53,6 +53,9 @@ def test_the_command_writes_what_a_backbone_starts_from(tmp_path, tiny, vocabula
     np.save(output, rows[:, :-1])
     with pytest.raises(ValueError, match=f"EMBEDDINGS_FILE .* has shape .*expected .*{width}"):
         cooccurrence.start_from(tiny.params, output)
+    output.write_bytes(b"")
+    with pytest.raises(ValueError, match="EMBEDDINGS_FILE .* cannot be read"):
+        cooccurrence.start_from(tiny.params, output)
     assert main([*flags, "--output=rows.txt", "--width=4"]) == 2
     assert "ends in .npy" in capsys.readouterr().err
 

@@ -103,6 +103,16 @@ def zeros(count=3, width=SMALL.emb_dim):
     (lambda b: softprompt.classify(b, TEXTS, []), "labels: got an empty list, expected one or"),
     (lambda b: softprompt.classify(b, TEXTS, [1, 2]), "labels: got 1 in the list, expected texts"),
     (lambda b: softprompt.classify(b, TEXTS[:2], [["a"], "b"]), "labels of text 1: got 'b', exp"),
+    (lambda b: softprompt.read_pairs("x.csv", labels="a,b"), "labels: got 'a,b', expected a list"),
+    (lambda b: softprompt.classify(b, TEXTS, ["a", ""]), "the label '' has no tokens, expected a"),
+    (lambda b: softprompt.evaluate(b, [("a", "B")], labels=["b"]), "target 'B' is not among the l"),
+    (lambda b: softprompt.tune(b, [("a", "b")], [("a", "c")], ["b", "d"], train_steps=1),
+     "validation: the target 'c' is not among the labels"),
+    (lambda b: softprompt.evaluate(b, [{"text": "a", "label": "b"}]), "validation: pair 0 is {'te"),
+    (lambda b: softprompt.evaluate(b, [("a", "b")], [[0.0]]), "prompt is a list, expected a Promp"),
+    (lambda b: softprompt.generate(b, TEXTS, temperature=1, seed=1.5), "seed is 1.5, expected an"),
+    (lambda b: softprompt.generate(b, TEXTS, top_k=5), "top_k is 5 and top_p 1, but the temperat"),
+    (lambda b: softprompt.generate(b, TEXTS, top_p=0.5), "top_k is 0 and top_p 0.5, but the temp"),
     (lambda b: softprompt.generate(b, TEXTS, max_tokens=0), "max_tokens is 0, expected an integer"),
     (lambda b: softprompt.generate(b, TEXTS, beams=0), "beams is 0, expected an integer of at"),
     (lambda b: softprompt.generate(b, TEXTS, beams=1.5), "beams is 1.5, expected an integer of at"),
@@ -132,6 +142,26 @@ def test_labels_may_be_arrays(tiny):
     found = softprompt.classify(tiny, TEXTS[:2], np.array(LABELS[0]))
     assert set(map(type, found)) == {str} and set(found) <= set(LABELS[0])
     assert softprompt.classify(tiny, TEXTS[:2], np.array([LABELS[0], LABELS[0]])) == found
+
+
+def test_labels_of_a_call_come_before_those_of_a_task(tiny, tmp_path, monkeypatch):
+    from softprompt.tasks import user
+
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\na fine film,good\na dull film,bad\n")
+    user.register_task("free_text", validation_file=path)
+
+    def asked(predictor, flat, tasks):
+        return predictor.mode, tasks[0].labels, len(tasks[0].examples)
+
+    monkeypatch.setattr(evaluation, "evaluate", asked)
+    lengths = {"inputs": 16, "targets": 4}
+    found = softprompt.evaluate(tiny, "free_text", labels=["good"], lengths=lengths)
+    assert found == ("rank", ["good"], 2)
+    assert softprompt.evaluate(tiny, "free_text", lengths=lengths) == ("generate", None, 2)
+    pairs = zip(["a fine film", "a dull film"], ["good", "bad"], strict=True)
+    found = softprompt.evaluate(tiny, pairs, labels=["good", "bad"], lengths=lengths)
+    assert found == ("rank", ["good", "bad"], 2)
 
 
 def test_a_prompt_behind_a_sentinel_is_used_behind_it(tiny, monkeypatch):

@@ -12,6 +12,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import ml_dtypes
+import msgpack
 import numpy as np
 import pytest
 from conftest import GOLDENS, TINY, folder_of
@@ -197,6 +198,16 @@ def test_a_head_tied_without_scaling_becomes_one_of_its_own(tmp_path):
     np.testing.assert_array_equal(stored.read("decoder/logits_dense/kernel"), own.T)
 
 
+def test_a_tied_embedding_is_found_under_any_of_its_names(tmp_path):
+    shutil.copytree(golden.FOLDER / "t5_1_0", tmp_path / "a")
+    expected = formats.open_stored(tmp_path / "a")
+    tensors = safetensors_numpy.load_file(tmp_path / "a" / hf.MODEL_FILE)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    tensors["decoder.embed_tokens.weight"] = tensors.pop("shared.weight")
+    safetensors_numpy.save_file(tensors, tmp_path / "b" / hf.MODEL_FILE)
+    assert_same_bits(formats.open_stored(tmp_path / "b"), expected)
+
+
 def test_a_hub_name_is_found_in_the_users_cache(tmp_path, monkeypatch):
     constants = pytest.importorskip(
         "huggingface_hub.constants", reason="huggingface_hub is not installed"
@@ -306,6 +317,13 @@ def test_prompts_round_trip(kind, tmp_path):
     convert.convert(str(out), tmp_path / "c.safetensors", "prompt")
     for path in (out, tmp_path / "c.safetensors"):
         np.testing.assert_array_equal(prompt.load(path)[0], array)
+
+
+def test_an_array_of_bfloat16_is_a_prompt(tmp_path):
+    array = np.array([[1.5, -2.0], [0.25, 3.0]], ml_dtypes.bfloat16)
+    np.save(tmp_path / "p.npy", array)
+    found, _ = prompt.load(tmp_path / "p.npy")
+    assert found.dtype == np.float32 and np.array_equal(found, array.astype(np.float32))
 
 
 def test_published_prompts_are_read():
@@ -455,6 +473,25 @@ def test_a_vocabulary_too_large_for_the_embedding_is_refused(tmp_path, vocabular
         backbones.load(tmp_path / "a")
 
 
+def test_tokens_beside_the_vocabulary_are_not_left_out_silently(tmp_path, vocabulary):
+    hf.save(tmp_path, random_stored(vocabulary=vocabulary))
+    size = vocabulary.size
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<extra_id_0>": size - 1}))
+    assert formats.open_stored(tmp_path).vocabulary == vocabulary
+    file = tmp_path / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"added_tokens_decoder": {str(size): {"content": "<="}}}))
+    with pytest.raises(ValueError, match="its tokenizer has '<=' beyond the pieces of spiece"):
+        formats.open_stored(tmp_path)
+    found = formats.open_stored(tmp_path, tmp_path / "spiece.model")
+    assert found.vocabulary == vocabulary
+    # What is of another form, or null, says nothing.
+    file.write_text(json.dumps(config | {"added_tokens_decoder": {str(size): "<="}}))
+    sizes = json.loads((tmp_path / "config.json").read_text()) | {"d_kv": None}
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    assert formats.open_stored(tmp_path).cfg.head_dim == 64
+
+
 def test_a_torn_t5x_checkpoint_is_named(tmp_path):
     t5x.save(tmp_path / "a", random_stored())
     name = "target.token_embedder.embedding"
@@ -470,6 +507,10 @@ def test_a_torn_t5x_checkpoint_is_named(tmp_path):
         with pytest.raises(checkpoint.CorruptFile, match=message):
             convert.convert(str(tmp_path / "b"), tmp_path / "c", "hf")
         assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+    for target in (3, {"x": {"driver": "zarr"}}):
+        (tmp_path / "b" / t5x.INDEX).write_bytes(msgpack.packb({"target": target}))
+        with pytest.raises(checkpoint.CorruptFile, match="b/checkpoint' is no T5X index"):
+            formats.open_stored(tmp_path / "b")
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,18 @@ def test_eval_takes_many_prompts_and_reads_each_once(tmp_path, files, capsys, mo
     ):
         assert main([*command, f"--gin.PROMPT_FILES={value}"]) == 2
         assert message in capsys.readouterr().err
+    assert main([*command, "--gin.PROMPT_FILES=None", "--gin.BEAMS=4"]) == 2
+    assert "BEAMS is 4, but EVAL_MODE 'rank' ranks labels" in capsys.readouterr().err
+
+
+def test_weights_of_another_type_are_named_for_every_prompt(tmp_path, tiny, capsys):
+    for name, weights in (("a", "int8"), ("b", "float32")):
+        about = {"backbone_fingerprint": tiny.fingerprint, "backbone_weights": weights}
+        array = np.ones((2, tiny.cfg.emb_dim), np.float32)
+        softprompt.Prompt(array, about).save(tmp_path / f"{name}.safetensors")
+    banks.read(tiny, sorted(tmp_path.iterdir()), ignore_fingerprint=False, deep=False)
+    said = capsys.readouterr().out
+    assert said == f"{tmp_path / 'a.safetensors'}: trained on int8 weights, these are float32\n"
 
 
 def test_a_file_votes_once(tmp_path):
@@ -148,6 +160,9 @@ def test_a_file_votes_once(tmp_path):
     ('{"text": "a"}', ["--gin.LABELS='a,b'"], "LABELS is 'a,b', expected a list such as ['a'"),
     ('{"text": "a"}', ["--gin.OUTPUT_FILE=FOLDER"], "is a folder, expected a file"),
     ('{"text": "a"}', ["--gin.OUTPUT_FILE=FOLDER/rows.jsonl/x"], "cannot write"),
+    ('{"text": "a"}', ["--gin.OUTPUT_FILE=FOLDER/./rows.jsonl"], "is INPUT_FILE, expected another"),
+    ('{"text": "a"}', ["--labels=a,b", "--gin.BEAMS=4"], "got LABELS, which are ranked, with BEAM"),
+    ('{"text": "a"}', ["--gin.TOP_K=4"], "top_k is 4 and top_p 1, but the temperature is 0"),
     ('{"text": "a"}', ["--gin.TEMPERATURE=hot"], "TEMPERATURE is 'hot', expected a number"),
     ('{"text": "a"}', ["--gin.TEMPERATURE=1", "--gin.BEAMS=4"], "sampled or searched for"),
     ('{"text": "a"}', ["--gin.TOP_P=1.5"], "top_p is 1.5, expected more than 0"),

@@ -104,6 +104,10 @@ def test_torn_altered_and_foreign_files_are_named(tmp_path):
     checkpoint.write(path, {"other": np.ones(3, np.float32)}, {})
     with pytest.raises(ValueError, match="is no prompt: it holds other"):
         prompt.load(path)
+    np.savez(tmp_path / "several.npz", a=np.ones(3))
+    (tmp_path / "several.npz").rename(tmp_path / "several.npy")
+    with pytest.raises(checkpoint.CorruptFile, match="several.npy' is no NumPy array: it is an ar"):
+        prompt.load(tmp_path / "several.npy")
     np.save(tmp_path / "p.npy", np.ones(3, np.float32))
     with pytest.raises(ValueError, match=r"shape \(3,\), expected floats \[P, H\]"):
         prompt.load(tmp_path / "p.npy")

@@ -163,6 +163,8 @@ def test_the_reproduce_line_is_the_command(run):
     assert shlex.split(runs.command_line(facts, "/f").replace("\\\n", "")) == [
         "softprompt", "train", "--gin_file=/f/config.gin", "--data_dir=d",
     ]  # fmt: skip
+    apart = {"command": ["softprompt", "sweep", "--data_dir", "d", "--gin.SEED", "3"]}
+    assert shlex.split(runs.command_line(apart, "/f").replace("\\\n", ""))[-1] == "--data_dir=d"
     for command, own, binary in (
         ("population", {}, "train"),
         ("reproduce", {"method": "probe", "split": "validation"}, "baseline"),
@@ -218,6 +220,9 @@ def test_an_evaluations_report_has_its_figures_and_predictions(tmp_path):
     write_lines(tmp_path / "predictions" / "t-3.jsonl", [row])
     said = read(report.write(tmp_path))[1].text
     assert "method probe" in said and "accuracy 62.5" in said and "1 differ from it" in said
+    write_lines(tmp_path / "predictions" / "t-3.jsonl", [row, {"text": "another program's"}])
+    with pytest.raises(ValueError, match="predictions of t-3 in .*, line 2: expected an object"):
+        report.write(tmp_path)
 
 
 def test_an_evaluation_beside_an_ensembles_has_its_own_figures(tmp_path):
@@ -229,8 +234,11 @@ def test_an_evaluation_beside_an_ensembles_has_its_own_figures(tmp_path):
     assert list(found.evaluations) == [{"accuracy": 52.5}] and not found.ensembles
 
 
-def test_the_command_writes_a_report_again(run, capsys):
+def test_the_command_writes_a_report_again(run, capsys, monkeypatch):
     assert main(["report", str(run)]) == 0
+    assert f"{run}/report.html written" in capsys.readouterr().out
+    monkeypatch.chdir(run)
+    assert main(["report", "."]) == 0
     assert f"{run}/report.html written" in capsys.readouterr().out
     assert main(["report", str(run / "eval" / "nothing")]) == 2
     assert "is no folder of a run, sweep" in capsys.readouterr().err

@@ -95,9 +95,13 @@ def test_rows_come_from_jsonl_csv_and_gzip(tmp_path):
     [
         ("", "is empty"),
         ('{"text": "a", "label": 0}\n{"text": ', r"rows.jsonl:2: malformed JSON"),
+        (f'{{"text": {5000 * "1"}}}', r"rows.jsonl:1: malformed JSON: Exceeds the limit"),
         ('["a"]', r"rows.jsonl:1: expected a JSON object"),
         ('{"text": "a", "label": "c"}', r"rows.jsonl:1: the label 'c' is not one of a, b"),
         ('{"text": "a", "label": 2}', r"rows.jsonl:1: the label is 2, expected 0 to 1"),
+        ('{"text": "a", "label": "²"}', r"rows.jsonl:1: the label '²' is not one of a, b"),
+        ('{"text": "a", "label": NaN}', r"rows.jsonl:1: the label is nan, expected 0 to 1"),
+        ('{"text": "a", "label": Infinity}', r"rows.jsonl:1: the label is inf, expected 0 to 1"),
         ('{"body": "a", "label": 0}', r"rows.jsonl:1: no field 'text'; the fields are body, label"),
         ('{"text": null, "label": 0}', r"rows.jsonl:1: 'text' is None, expected a text"),
         ('{"text": ["a"], "label": 0}', r"rows.jsonl:1: 'text' is \['a'\], expected a text"),
@@ -121,6 +125,56 @@ def test_text_may_be_a_number_but_no_list_and_a_column_has_one_name(tmp_path):
     path.write_text("text,label,text\na,0,b\n")
     with pytest.raises(ValueError, match="rows.csv:1: the header has text twice"):
         list(records.read(path))
+    path.write_text("\ntext,label\na,0\n")
+    with pytest.raises(ValueError, match="rows.csv:1: expected the names of the columns, got a bl"):
+        list(records.read(path))
+
+
+@pytest.mark.parametrize(
+    "labels, values, expected",
+    [
+        (["1", "2", "3"], ["1", 1, 3.0, 0, "0"], ["1", "1", "3", None, None]),
+        (["-1", "1"], [-1, 1, "-1", 0], ["-1", "1", "-1", None]),
+        (["1", "0"], [0, 1, True, "1"], ["0", "1", "1", "1"]),
+        (["true", "false"], [True, False, "true", 0], ["true", "false", "true", "true"]),
+        (["False", "True"], [True, 1, "0", -1], ["True", "True", "False", "<unk>"]),
+        (["no", "yes"], [True, 1.0, "1", "yes"], ["yes"] * 4),
+    ],
+)
+def test_a_number_is_an_index_unless_labels_are_numbers_themselves(labels, values, expected):
+    for value, name in zip(values, expected, strict=True):
+        row = Row({"label": value})
+        if name is None:
+            with pytest.raises(ValueError, match=f"the label {value!r} is not one of {labels[0]}"):
+                row.label("label", labels)
+        else:
+            assert row.label("label", labels) == name
+
+
+def test_a_table_may_hold_long_texts(tmp_path):
+    (tmp_path / "a.csv").write_text(f"text,label\r\n\r\n{'word ' * 40_000},a\r\n")
+    [(text, label)] = records.read_pairs(tmp_path / "a.csv", "{text}", "label", ["a"])
+    assert len(text) == 200_000 and label == "a"
+
+
+def test_a_quotation_mark_swallows_no_rows_of_a_tsv(tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_text('text\tlabel\n"so ""good""\nit is"\ta\n')
+    assert records.read_pairs(path, "{text}", "label", None) == [('so "good"\nit is', "a")]
+    path.write_text('text\tlabel\n"It is\ta\nso good"\tb\n')
+    with pytest.raises(ValueError, match="a.tsv:3: a text in quotation marks holds tabs and line"):
+        records.read_pairs(path, "{text}", "label", None)
+
+
+def test_a_benchmark_s_row_without_its_text_is_refused():
+    row = Row({"premise": None, "hypothesis": "It is wet.", "label": 1}, "a.jsonl", 4)
+    with pytest.raises(ValueError, match="a.jsonl:4: 'premise' is None, expected a text"):
+        list(preprocessors.fields(row, "rte", ("hypothesis", "premise"), super_glue.ENTAILMENT))
+    row = Row({"sentence1": "a", "sentence2": "b", "label": None}, "a.jsonl", 5)
+    with pytest.raises(ValueError, match="a.jsonl:5: 'label' is None, expected a text"):
+        list(preprocessors.stsb(row))
+    row = Row({"id": "q", "question": "Who?", "context": "She.", "answers": "She"})
+    assert only(preprocessors.squad(row))["answers"] == ["She"]
 
 
 def test_files_of_ones_own_become_a_seqio_task(tmp_path, vocabulary):
@@ -136,6 +190,8 @@ def test_files_of_ones_own_become_a_seqio_task(tmp_path, vocabulary):
     assert rate == 1.0 and judged.labels == ["e", "o"]
     assert vocabulary.decode(judged.examples.inputs[1]) == "q: n 1"
     assert judged.judge(["e", "o", "o", "?"]) == {"accuracy": 50.0, "illegal": 1.0}
+    with pytest.raises(ValueError, match="task 'mine': labels is 'e,o', expected a list of texts"):
+        user.register_task("mine", validation_file=path, labels="e,o")
 
 
 def test_a_label_beyond_the_vocabulary_is_still_itself(tmp_path, embedded, monkeypatch):
@@ -294,6 +350,24 @@ def test_pretraining_reads_a_corpus(corpus):
         pretraining.use_corpus(None)
 
 
+def test_bytes_are_hidden_behind_byt5_s_sentinels():
+    import tensorflow as tf
+
+    from softprompt.tasks import features, pretraining
+
+    spec = {"targets": tf.TensorSpec([None], tf.int32)}
+    texts = tf.data.Dataset.from_generator(
+        lambda: iter([{"targets": np.full(80, 100, np.int32)}]), output_signature=spec
+    )
+    features.use_vocabulary("bytes")
+    try:
+        made = pretraining.span_corruption(texts, {"inputs": 32, "targets": 32}, features.FEATURES)
+        example = next(made.as_numpy_iterator())
+    finally:
+        features.use_vocabulary(None)
+    assert example["targets"][0] == 258 == example["inputs"].max()
+
+
 def test_a_text_with_a_byte_order_mark_and_blank_lines_is_read(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\n\n{"text": "b"}\n')
@@ -402,6 +476,25 @@ def test_local_data_serves_the_benchmark_tasks(task_data, monkeypatch, vocabular
     ):
         [(task, _)] = data.get_tasks(name)
         assert len(data.from_task(task, split, lengths)) == count
+
+
+def test_a_local_row_of_another_kind_is_named(tmp_path, monkeypatch):
+    from softprompt.tasks import registry  # noqa: F401
+
+    row = {"paragraph": "p", "question": "q", "answer": "a", "label": 1, "idx": 3}
+    (tmp_path / "super_glue" / "multirc").mkdir(parents=True)
+    (tmp_path / "super_glue" / "multirc" / "train.jsonl").write_text(json.dumps(row) + "\n")
+    monkeypatch.setenv("SOFTPROMPT_DATA_DIR", str(tmp_path))
+    [(task, _)] = data.get_tasks("super_glue_multirc")
+    with pytest.raises(ValueError, match="train.jsonl:1: this is no row of super_glue_multirc"):
+        data.from_task(task, "train", {"inputs": 16, "targets": 4})
+    (tmp_path / "glue" / "sst2").mkdir(parents=True)
+    (tmp_path / "glue" / "sst2" / "train.jsonl").write_text(
+        '{"sentence": "a", "label": 1, "idx": "x"}\n'
+    )
+    [(task, _)] = data.get_tasks("glue_sst2")
+    with pytest.raises(ValueError, match="the field 'idx' holds str, expected int64 in every row"):
+        data.from_task(task, "train", {"inputs": 16, "targets": 4})
 
 
 def test_every_mrqa_set_reads_the_same_from_tfds_and_from_a_folder(tmp_path, monkeypatch):

@@ -42,6 +42,14 @@ def test_the_mean_probability_may_overrule_the_majority():
     np.testing.assert_allclose(votes.agreement(["a"]), [2 / 3])
 
 
+def test_texts_have_no_probability():
+    votes = Votes([["x", "y"], ["x", "z"]], np.zeros((2, 2)), None)
+    assert votes.majority() == ["x", "y"]
+    for call in (votes.probabilities, votes.mean_probability):
+        with pytest.raises(ValueError, match="votes are generated texts, expected labels"):
+            call()
+
+
 def made(tiny, pairs, mode):
     rng = np.random.default_rng(5)
     prompts = [rng.normal(size=(n, tiny.cfg.emb_dim)).astype("f4") * 3 for n in (4, 2, 6)]

@@ -112,9 +112,10 @@ def download(name: str) -> pathlib.Path:
     except ImportError:
         raise ValueError(
             f"the backbone {name!r} (INITIAL_CHECKPOINT_PATH) does not exist; for it to name a "
-            f"model of the Hugging Face hub, install huggingface_hub (pip install softprompt[hf])"
+            f"model of the Hugging Face hub, install huggingface_hub (pip install huggingface_hub)"
         ) from None
-    wanted = ["config.json", "*.safetensors", INDEX_FILE, "spiece.model", "tokenizer_config.json"]
+    wanted = ["config.json", "*.safetensors", INDEX_FILE, "spiece.model", "tokenizer_config.json",
+              "added_tokens.json"]  # fmt: skip
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
     except Exception as error:
@@ -169,11 +170,11 @@ def _architecture(folder: pathlib.Path) -> tuple[T5Config, bool, dict[str, Any]]
         num_heads=config["num_heads"],
         num_encoder_layers=config["num_layers"],
         num_decoder_layers=config.get("num_decoder_layers") or config["num_layers"],
-        head_dim=config.get("d_kv", 64),
-        mlp_dim=config.get("d_ff", 2048),
+        head_dim=config.get("d_kv") or 64,
+        mlp_dim=config.get("d_ff") or 2048,
         mlp_activations=ACTIVATIONS[projection],
-        relative_buckets=config.get("relative_attention_num_buckets", 32),
-        relative_max_distance=config.get("relative_attention_max_distance", 128),
+        relative_buckets=config.get("relative_attention_num_buckets") or 32,
+        relative_max_distance=config.get("relative_attention_max_distance") or 128,
     )
     return cfg, config.get("scale_decoder_outputs", scaled), config
 
@@ -237,10 +238,8 @@ def open_stored(
     folder = pathlib.Path(folder)
     cfg, scaled, config = _architecture(folder)
     weights = _Weights(folder)
-    if SHARED not in weights.shapes and REDUNDANT[0] in weights.shapes:
-        embedding = REDUNDANT[0]
-    else:
-        embedding = SHARED
+    # Of tensors that share memory, safetensors' own writer keeps any one.
+    embedding = next((n for n in (SHARED, *REDUNDANT[:2]) if n in weights.shapes), SHARED)
     tied = HEAD not in weights.shapes or (
         scaled and np.array_equal(weights.read(HEAD), weights.read(embedding))
     )
@@ -294,11 +293,35 @@ def _vocabulary(folder: pathlib.Path, given: str | os.PathLike | None) -> AnyVoc
     if given is not None:
         return open_vocabulary(given)
     if (folder / VOCABULARY_FILE).is_file():
-        return open_vocabulary(folder / VOCABULARY_FILE)
+        vocabulary = open_vocabulary(folder / VOCABULARY_FILE)
+        if added := _added_tokens(folder, vocabulary.size):
+            raise ValueError(
+                f"{str(folder)!r}: its tokenizer has {', '.join(map(repr, added[:8]))} beyond the "
+                f"pieces of {VOCABULARY_FILE}, which texts would lack here; to go without, name "
+                f"{str(folder / VOCABULARY_FILE)!r} as VOCABULARY_FILE"
+            )
+        return vocabulary
     for file in (folder / "tokenizer_config.json", folder / "config.json"):
         if file.is_file() and checkpoint.read_object(file).get("tokenizer_class") == BYT5:
             return ByteVocabulary()
     return None
+
+
+def _added_tokens(folder: pathlib.Path, size: int) -> list[str]:
+    """Tokens with an id from `size` on, which transformers keeps beside the SentencePiece model.
+
+    Sentinels are not among them.
+    """
+    added: dict[str, Any] = {}
+    if (folder / "added_tokens.json").is_file():
+        added |= checkpoint.read_object(folder / "added_tokens.json")
+    if (folder / "tokenizer_config.json").is_file():
+        config = checkpoint.read_object(folder / "tokenizer_config.json")
+        tokens = config.get("added_tokens_decoder")
+        for number, token in tokens.items() if isinstance(tokens, dict) else ():
+            if isinstance(token, dict) and number.isdecimal():
+                added[str(token.get("content"))] = int(number)
+    return [x for x, number in added.items() if number >= size and "<extra_id_" not in x]
 
 
 # --- writing ------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import safetensors
 from safetensors import numpy as safetensors_numpy
@@ -94,7 +95,11 @@ def _of_ours(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray | None, dict[st
 
 def _of_numpy(path: pathlib.Path) -> Prompt:
     try:
-        return np.load(path, allow_pickle=False), {}
+        array = np.load(path, allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            raise ValueError("it is an archive of arrays")
+        # NumPy's files have no name for bfloat16: it comes back as two bytes of anything.
+        return array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array, {}
     except FileNotFoundError:
         raise ValueError(f"no such file: {str(path)!r}") from None
     except (ValueError, EOFError, OSError) as error:

@@ -58,6 +58,10 @@ class Arrays:
             if isinstance(error, checkpoint.CorruptFile):
                 raise
             raise ValueError(f"{where!r} is no T5X checkpoint: {_line(error)}") from None
+        except (KeyError, TypeError, AttributeError, AssertionError) as error:
+            raise checkpoint.CorruptFile(
+                f"{self.where + '/' + INDEX!r} is no T5X index: {_line(error)}"
+            ) from None
         self._entries = entries
         self.shapes = {
             path: tuple(x.shape if isinstance(x, np.ndarray) else x["metadata"]["shape"])
