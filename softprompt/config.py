@@ -59,7 +59,10 @@ def parse(
             hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(known)}"
             raise ValueError(f"--gin.{name}: no gin file given knows the name {name!r}; {hint}")
         with _one_sentence(f"--gin.{name}={value}"):
-            gin.parse_config(f"{name} = {literal(value)}")
+            gin.parse_config(f"{name} = {literal(value, isinstance(known.get(name), str))}")
+        # A text counts as true, whatever it says.
+        if isinstance(known.get(name), bool) and isinstance(macros()[name], str):
+            raise ValueError(f"--gin.{name} is {value!r}, expected True or False")
     # Gin keeps a reference to its constant, which is resolved only when a function is called.
     missing = [name for name, value in macros().items() if str(value) == "%gin.REQUIRED"]
     for name in set(missing) & set(optional):
@@ -92,8 +95,10 @@ def _one_sentence(where: str) -> Iterator[None]:
         raise ValueError(f"{where}: {message}") from None
 
 
-def literal(value: str) -> str:
+def literal(value: str, text: bool = False) -> str:
     """A flag's value as gin source: a bare text or path becomes a string, the rest stays.
+
+    `text` is for names whose value is a text, which may begin with a bracket: `{text} or not`.
 
     >>> literal("/tmp/run"), literal("'/tmp/run'"), literal("300"), literal("@optim.adamw()")
     ("'/tmp/run'", "'/tmp/run'", '300', '@optim.adamw()')
@@ -104,7 +109,7 @@ def literal(value: str) -> str:
         ast.literal_eval(value)
     except (ValueError, SyntaxError):
         # What opens like a container or a string is gin's to judge.
-        if not value.startswith(("(", "[", "{", "'", '"')):
+        if not value.startswith(("'", '"') if text else ("(", "[", "{", "'", '"')):
             return repr(value)
     return value
 

@@ -57,6 +57,8 @@ from softprompt.vocabulary import open_vocabulary
 
 Path = str | os.PathLike
 
+# How a trained backbone may be stored, and bytes of a number.
+STORED_AS = {"float32": 4, "bfloat16": 2, "int8": 1}
 # What gin files may name.
 __all__ = ["UserData", "baseline", "eval", "infer", "train"]
 
@@ -178,6 +180,7 @@ def train(
         LOG_PERIOD=(log_period, 1),
         MICROBATCHES=(microbatches, 1),
         SEED=(seed, 0),
+        EVAL_EXAMPLES=(1 if eval_examples is None else eval_examples, 1),
     )
     check_path("MODEL_DIR", model_dir)
     check_numbers(
@@ -198,6 +201,19 @@ def train(
         ),
     )  # fmt: skip
     check_patterns(TRAINABLE=trainable, FROZEN=frozen)
+    check_kinds(
+        TRAINABLE=(trainable, bool(trainable), "one pattern or more"),
+        BACKBONE_STEPS=(
+            backbone_steps,
+            isinstance(backbone_steps, list | tuple) and {*map(type, backbone_steps)} <= {int},
+            "a list of steps",
+        ),
+        STORE_AS=(backbone_dtype, backbone_dtype in STORED_AS, f"one of {', '.join(STORED_AS)}"),
+        **{
+            f"launch.train.{name}": (value, callable(value), "a function, without '()' behind it")
+            for name, value in (("optimizer", optimizer), ("mesh", mesh))
+        },
+    )  # fmt: skip
     if best_metric is not None and not isinstance(best_metric, str):
         raise ValueError(f"BEST_METRIC is {best_metric!r}, expected the name of a figure")
     if not prompt_length and (prompt_depth != 1 or reparameterisation is not None):
@@ -205,6 +221,21 @@ def train(
     if odd := [k for k in backbone_steps if not eval_period or k % eval_period]:
         raise ValueError(
             f"BACKBONE_STEPS {odd} are no multiples of EVAL_PERIOD, which is {eval_period}"
+        )
+    if late := [k for k in backbone_steps if not 0 < k <= train_steps]:
+        raise ValueError(f"BACKBONE_STEPS {late} are no steps from 1 to TRAIN_STEPS {train_steps}")
+    if patience and not eval_period:
+        raise ValueError(
+            f"PATIENCE is {patience}, but nothing is evaluated before the end: EVAL_PERIOD is 0"
+        )
+    if loss == evaluation.LABELS and (z_loss or label_smoothing):
+        raise ValueError(
+            f"Z_LOSS is {z_loss} and LABEL_SMOOTHING is {label_smoothing}, expected 0 for LOSS "
+            f"{loss!r}: they belong to {evaluation.TOKENS!r}"
+        )
+    if stream and prompt_length:
+        raise ValueError(
+            f"PROMPT_LENGTH is {prompt_length}, expected 0: text that is streamed has no slots"
         )
     folder = pathlib.Path(model_dir)
     devices = mesh()
@@ -232,7 +263,13 @@ def train(
         initial = prompt_init(jax.random.key(seed), prompt_length, source)
         origin = source.origin
         deep = prompt.deep_rows(backbone, initial, prompt_depth)
-    batch_size = train_step.rows_for(batch_size, devices, microbatches)
+    given, batch_size = batch_size, train_step.rows_for(batch_size, devices, microbatches)
+    if batch_size != given:
+        say(
+            f"BATCH_SIZE {given} is rounded up to {batch_size} rows: as many for each of "
+            f"{devices.shape['data']} data partitions x {microbatches} microbatches"
+        )
+    packed: dict[str, int] = {}
     if stream:
         own = partition.local_rows(devices, batch_size)
         batches = data.stream_batches(
@@ -257,6 +294,8 @@ def train(
         )  # fmt: skip
         if pack_length:
             pack_length = batches.length
+            # Rounded up for the mesh and the microbatches: what a batch holds depends on it.
+            packed = {"packed_rows": batches.shape[0]}
         held_out = [
             shared(evaluation.from_task, task, eval_split, task_feature_lengths, vocabulary)
             for task, _ in tasks
@@ -298,6 +337,7 @@ def train(
         **about,
         "batch_size": batch_size,
         "pack_length": pack_length,
+        **packed,
         "length_buckets": length_buckets,
         "trainable": list(trainable),
         "frozen": list(frozen),
@@ -312,7 +352,11 @@ def train(
         "z_loss": z_loss,
         "label_smoothing": label_smoothing,
         "best_metric": best_metric,
-        "bindings": config.bindings("optim") | config.bindings("prompt"),
+        "bindings": config.bindings("optim")
+        | config.bindings("prompt")
+        | config.bindings("similarity"),
+        # Else what the backbone's weights tell.
+        **({"dtype": dtype} if weights == "int8" else {}),
     }
     training.check_resumable(folder, identity, train_steps)
     task_labels = {task.name: own for (task, _), own in zip(tasks, class_labels, strict=True)}
@@ -362,7 +406,7 @@ def train(
     )
     if result.interrupted:
         return result
-    if all(pattern.startswith("prompt/") for pattern in trainable):
+    if not any(tree.matches(path, trainable) for path in backbone.params):
         after = tree.fingerprint(backbone.params)
         path = folder / "prompts" / "best.safetensors"
         say(f"backbone fingerprint before {before or backbone.fingerprint}, after {after}")
@@ -434,8 +478,7 @@ def _cost(
         shapes = jax.eval_shape(init, jax.random.key(0))
     if any(tree.matches(path, trainable) for path in backbone.params):
         shapes, kept = {**backbone.params, **shapes}, {**backbone.params, **kept}
-        widths = {"float32": 4, "bfloat16": 2, "int8": 1}
-        bytes_kept += widths[dtype] * tree.count(backbone.params)
+        bytes_kept += STORED_AS[dtype] * tree.count(backbone.params)
     trained = {path: x for path, x in shapes.items() if tree.matches(path, trainable)}
     return {
         "trainable_parameters": tree.count(trained),

@@ -215,19 +215,21 @@ def _summary(
 
     A header, and a row per setting.
     """
-    groups: dict[tuple, list[tuple[float, Planned]]] = {}
-    for score, one, _ in scored:
-        groups.setdefault(one.group(), []).append((score, one))
+    groups: dict[tuple, list[tuple[float, Planned, Outcome]]] = {}
+    for score, one, outcome in scored:
+        groups.setdefault(one.group(), []).append((score, one, outcome))
     settings = list(
         dict.fromkeys(k for _, one, _ in scored for k in (*one.shown, *one.own) if k != SEED)
     )
     rows = []
     for found in groups.values():
-        scores = [score for score, _ in found]
+        scores = [score for score, *_ in found]
+        diverged = any(outcome.status == population.DIVERGED for *_, outcome in found)
+        shown = "–" if math.isnan(sum(scores)) and not diverged else spread(scores, 2)
         best = max(found, key=lambda x: np.nan_to_num(x[0], nan=-np.inf))[1]
         values = {**best.shown, **best.own}
         cells = [*(str(values.get(k, "")) for k in settings)]
-        cells += [spread(scores, 2), str(len(found)), best.name]
+        cells += [shown, str(len(found)), best.name]
         order = (str(values.get(TASK)), np.nan_to_num(-np.mean(scores), nan=np.inf))
         rows.append((order, cells))
     header = [*(k.lower() for k in settings), "score", "seeds", "best"]

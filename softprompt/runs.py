@@ -231,4 +231,7 @@ def command_line(facts: Mapping[str, Any], folder: str | os.PathLike | None = No
 
 def _data_flags(arguments: Sequence[str]) -> list[str]:
     flags = ("--data_dir", "--tfds_data_dir", "--seqio_additional_cache_dirs")
-    return [a for a in arguments if a.startswith(tuple(f"{flag}=" for flag in flags))]
+    # The value may be a word of its own.
+    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    words = [f"{word}={after}" if word in flags else word for word, after in pairs]
+    return [word for word in words if word.startswith(tuple(f"{flag}=" for flag in flags))]

@@ -25,7 +25,7 @@ from softprompt import checkpoint, config, data, launch, page, provenance, repor
 from softprompt import train as training
 from softprompt.logbook import duration, say
 from softprompt.report_many import folder_name
-from softprompt.settings import check_path
+from softprompt.settings import are_texts, check_path
 
 BINARIES = ("train", "baseline")
 # The macro that names a binary's output folder.
@@ -121,11 +121,7 @@ def settings_of(name: str, value: Any) -> Settings:
 
     Names come back as text; each must have a folder of its own.
     """
-    good = isinstance(value, Mapping) and all(
-        isinstance(settings, Sequence) and not isinstance(settings, str)
-        for settings in value.values()
-    )
-    if not good or not value:
+    if not isinstance(value, Mapping) or not value or not all(map(are_texts, value.values())):
         raise ValueError(
             f"{name} is {value!r}, expected {{'a name': ['file.gin', 'NAME=value', …], …}}"
         )

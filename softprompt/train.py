@@ -47,7 +47,7 @@ class Result:
       trained: flat tree of the trainable parameters after it.
       best: those of the best step (the last one where nothing was evaluated).
       best_step, best_metric: when it was, and the value it was chosen by.
-      metrics: figures of the last evaluation.
+      metrics: figures of the best step's evaluation.
       interrupted: True if SIGTERM ended the run before its last step.
     """
 
@@ -253,6 +253,18 @@ def fit(
                 model_dir, state, {"best": best, "identity": identity or {}}, keep
             )
 
+    def judge(step: int) -> None:
+        nonlocal best, best_trained
+        figures = evaluate(parameters(), step)
+        log.write("eval/metrics", step, figures)
+        say(f"step {step}  " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items()))
+        best = selection.better_of(best, step, figures, best_metric)
+        if best["step"] == step:
+            best_trained = trained_now()
+        if model_dir is not None:
+            now = best_trained if best["step"] == step else trained_now()
+            selection.save_evaluated(model_dir, save, now, step, figures, best)
+
     def finish(step: int, interrupted: bool = False) -> Result:
         log.close()
         return Result.of(step, trained_now(), best, best_trained, interrupted)
@@ -296,15 +308,7 @@ def fit(
                 zero = partition.place(np.float32(0), partition.replicated(backbone.mesh))
                 state = {**state, "loss_sum": zero, "count_sum": jnp.copy(zero)}
             if due_eval:
-                figures = evaluate(parameters(), step)
-                log.write("eval/metrics", step, figures)
-                say(f"step {step}  " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items()))
-                best = selection.better_of(best, step, figures, best_metric)
-                if best["step"] == step:
-                    best_trained = trained_now()
-                if model_dir is not None:
-                    now = best_trained if best["step"] == step else trained_now()
-                    selection.save_evaluated(model_dir, save, now, step, figures, best)
+                judge(step)
             if due_save or stop:
                 save_checkpoint()
                 saved = step
@@ -314,7 +318,10 @@ def fit(
                 say(f"stopped by SIGTERM after step {step}; the same command goes on from here")
                 return finish(step, interrupted=True)
     step = int(state["step"])
-    if step > saved:
+    unjudged = evaluate and not best["step"]  # It went on from the end of what it was to do.
+    if unjudged:
+        judge(step)
+    if step > saved or unjudged:
         save_checkpoint()
     if save and model_dir is not None and not evaluate:
         selection.save_unjudged(model_dir, save, trained_now(), step, best)

@@ -188,6 +188,8 @@ def evaluated(run: sweep.Run, target: str, split: str, macros: Mapping[str, Any]
     backbone = run.folder / "backbone"
     if backbone.exists():
         settings["INITIAL_CHECKPOINT_PATH"] = str(backbone)
+        if prompt.exists():  # It names the backbone that both were trained from.
+            settings["IGNORE_FINGERPRINT"] = True
     evaluation = dataclasses.replace(
         run, point=f"evaluated on {target}", folder=evaluation_folder(run, target)
     )

@@ -1,6 +1,7 @@
 """Gin: every shipped file resolves; every mistake is one sentence."""
 
 import itertools
+import pathlib
 
 import pytest
 
@@ -67,6 +68,12 @@ def test_every_model_and_run_resolve(model, run):
     bindings = gin.get_bindings(f"launch.{COMMANDS[run]}")
     assert bindings["task_feature_lengths"].keys() == {"inputs", "targets"}
     assert bindings.get("architecture", "t5") and callable(bindings["mesh"])
+    assert config.macros()["ARCHITECTURE"] == pathlib.Path(model).stem
+
+
+def test_what_all_models_share_takes_the_architecture_of_the_checkpoint():
+    parse(["models/t5.gin", "runs/prompt_finetune.gin"])
+    assert config.arguments(launch.train)["architecture"] is None
 
 
 @pytest.mark.parametrize("prompt_file", PROMPTS)
@@ -126,6 +133,22 @@ def test_bindings_of_a_module_are_told_by_their_values():
     found = config.bindings("optim")
     assert found["warmup_linear.peak"] == 0.2 and found["warmup_linear.steps"] == 300
     assert found["adafactor.learning_rate"].startswith("@")
+
+
+def test_a_text_may_begin_with_a_bracket():
+    files = ["models/t5_1_1_embedded.gin", "runs/prompt_finetune.gin"]
+    for text in ("{premise} so {hypothesis}", "[a] {text}", "{text}"):
+        config.parse(files, [("TEXT_TEMPLATE", text)], complete=False)
+        assert config.macros()["TEXT_TEMPLATE"] == text
+    with pytest.raises(ValueError, match="--gin.TASK_FEATURE_LENGTHS={inputs}"):
+        config.parse(files, [("TASK_FEATURE_LENGTHS", "{inputs}")], complete=False)
+
+
+def test_pre_training_takes_the_dropout_it_is_given():
+    files = ["models/t5_1_1_small.gin", "runs/pretrain.gin"]
+    for given, rate in ((None, 0.0), ("0.1", 0.1)):
+        config.parse(files, [("DROPOUT_RATE", given)] if given else [], complete=False)
+        assert config.arguments(launch.train)["dropout_rate"] == rate
 
 
 def test_search_paths_find_files(tmp_path):

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 
@@ -153,6 +154,60 @@ def test_predictions_go_on_where_they_stopped_but_not_with_other_settings(
     assert not list(tmp_path.glob("again.jsonl.*"))
 
 
+@pytest.mark.parametrize(
+    "pattern, tuned", [("prompt/.*|decoder/logits_dense/.*", True), ("prompt.*", False)]
+)
+def test_a_backbone_is_kept_if_and_only_if_some_of_it_trained(
+    tmp_path, rows, tiny_folder, pattern, tuned
+):
+    flags = [f"--train_file={rows}", "--labels=good,bad", "--template={body}", "--target=mark"]
+    flags += ["--gin.ARCHITECTURE=None", f"--gin.INITIAL_CHECKPOINT_PATH={tiny_folder}"]
+    assert train(tmp_path / "run", *flags, f"--gin.TRAINABLE=['{pattern}']") == 0
+    assert (tmp_path / "run" / "backbone").exists() == tuned
+    if tuned:
+        before, after = (
+            softprompt.load_backbone(path) for path in (tiny_folder, tmp_path / "run" / "backbone")
+        )
+        moved = [k for k, x in after.params.items() if not np.array_equal(x, before.params[k])]
+        assert moved == ["decoder/logits_dense/kernel"]
+
+
+def test_packed_batches_stay_what_they_were(tmp_path, rows, tiny_folder, capsys):
+    flags = [f"--train_file={rows}", "--labels=good,bad", "--template={body}", "--target=mark"]
+    flags += ["--gin.ARCHITECTURE=None", f"--gin.INITIAL_CHECKPOINT_PATH={tiny_folder}"]
+    flags += ["--gin.PACK_LENGTH=16", "--gin.BATCH_SIZE=3"]
+    assert train(tmp_path / "run", *flags, "--gin.TRAIN_STEPS=1") == 0
+    assert train(tmp_path / "run", *flags, "--gin.MICROBATCHES=3") == 2
+    assert "packed_rows was " in capsys.readouterr().err
+
+
+def test_what_a_prompt_is_chosen_by_and_the_type_beside_int8_stay_what_they_were(
+    tmp_path, rows, tiny_folder, capsys
+):
+    for name in ("a", "b"):
+        np.save(tmp_path / f"{name}.npy", np.ones((4, 24), np.float32))
+    flags = [f"--train_file={rows}", "--labels=good,bad", "--template={body}", "--target=mark"]
+    flags += ["--gin.ARCHITECTURE=None", f"--gin.INITIAL_CHECKPOINT_PATH={tiny_folder}"]
+    flags += ["--gin_file=prompts/from_most_similar.gin", f"--gin.PROMPT_FILES={tmp_path}/a.npy"]
+    flags += ["--gin.TRAIN_STEPS=1", "--gin.WEIGHTS=int8", f"--gin.TRIAL_PROMPT={tmp_path}/a.npy"]
+    assert train(tmp_path / "run", *flags) == 0
+    for changed, message in (
+        (f"TRIAL_PROMPT={tmp_path}/b.npy", "b.npy"),
+        ("DTYPE=bfloat16", "dtype was 'float32', is now 'bfloat16'"),
+    ):
+        capsys.readouterr()
+        assert train(tmp_path / "run", *flags, f"--gin.{changed}") == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_batch_that_is_rounded_up_is_told_of(tmp_path, rows, tiny_folder, capsys, monkeypatch):
+    monkeypatch.setattr("softprompt.train_step.rows_for", lambda *_: 8)
+    flags = [f"--train_file={rows}", "--labels=good,bad", "--template={body}", "--target=mark"]
+    flags += ["--gin.ARCHITECTURE=None", f"--gin.INITIAL_CHECKPOINT_PATH={tiny_folder}"]
+    assert train(tmp_path / "run", *flags, "--gin.TRAIN_STEPS=1") == 0
+    assert "BATCH_SIZE 4 is rounded up to 8 rows" in capsys.readouterr().out
+
+
 def test_packed_rows_of_a_length_that_was_found_train_by_the_loss_among_labels(
     tmp_path, rows, capsys
 ):
@@ -208,6 +263,27 @@ def test_packed_rows_of_a_length_that_was_found_train_by_the_loss_among_labels(
                 ("FROZEN=None", "FROZEN is None, expected a list of regular"),
                 ("ARCHITECTURE=[]", "unknown T5 size []; choose one of"),
                 ("DATA_PARTITIONS={}", "DATA_PARTITIONS is {}, expected a number of devices or"),
+                ("TRAINABLE=()", "TRAINABLE is (), expected one pattern or more"),
+                ("TARGET_SENTINEL=false", "TARGET_SENTINEL is 'false', expected True or False"),
+                ("PATIENCE=2", "PATIENCE is 2, but nothing is evaluated before the end: EVAL_P"),
+                ("launch.train.stream=True", "PROMPT_LENGTH is 4, expected 0: text that is str"),
+                ("launch.train.backbone_steps=25", "BACKBONE_STEPS is 25, expected a list of"),
+                ("launch.train.backbone_dtype=fp32", "STORE_AS is 'fp32', expected one of floa"),
+                ("launch.train.eval_examples=0", "EVAL_EXAMPLES is 0, expected an integer of"),
+                ("launch.train.optimizer=@optim.adafactor()", "expected a function, without '()'"),
+            )
+        ),
+        *(
+            (["--gin.MIXTURE_OR_TASK_NAME=embedded_sentiment", *settings], message)
+            for settings, message in (
+                (
+                    ["--gin.LOSS=labels", "--gin.Z_LOSS=0.1"],
+                    "Z_LOSS is 0.1 and LABEL_SMOOTHING is 0.0, expected 0 for LOSS 'labels'",
+                ),
+                (
+                    ["--gin.EVAL_PERIOD=2", "--gin.launch.train.backbone_steps=[2, 4]"],
+                    "BACKBONE_STEPS [4] are no steps from 1 to TRAIN_STEPS 3",
+                ),
             )
         ),
         *(
@@ -239,8 +315,10 @@ def test_inspect_prints_what_files_say_of_themselves(capsys):
 
 
 def test_the_quickstart_runs_to_its_end(tmp_path, capsys):
-    assert main(["quickstart", f"--output_dir={tmp_path}", "--steps=2"]) == 0
+    folder = tmp_path / "a b"
+    assert main(["quickstart", f"--output_dir={folder}", "--steps=2"]) == 0
     said = capsys.readouterr().out
+    assert f"--gin.MODEL_DIR={folder}/gin" in shlex.split(said.splitlines()[-1])
     for part in ("without a prompt", "step 2/2", "with the tuned prompt", "bytes", "next"):
         assert part in said
 

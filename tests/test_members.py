@@ -60,6 +60,16 @@ def test_members_are_ranked_and_seeds_averaged(tmp_path):
     assert places == sorted(places)
 
 
+def test_what_was_not_evaluated_is_not_told_to_have_diverged(tmp_path):
+    own = {"SEED": 0}
+    one = outcome("a", None)
+    for status, shown in ((population.INTERRUPTED, "–"), (population.DIVERGED, "diverged")):
+        found = population.Outcome("a", status, one.result)
+        assert f"| {shown} | 1 | a |" in members.write(
+            tmp_path, [members.Planned("a", own, own)], [found]
+        )
+
+
 @pytest.mark.slow
 def test_a_population_leaves_what_each_run_alone_leaves(tmp_path, capsys):
     """Two tasks of other labels and lengths, one member of another length and loss."""

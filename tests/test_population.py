@@ -24,6 +24,7 @@ from softprompt import (
     population,
     prompt,
     prompted,
+    selection,
     train,
 )
 from softprompt.population import Member
@@ -156,6 +157,47 @@ def test_a_member_in_length_buckets_catches_up_to_the_same_bits(tiny, tmp_path):
         assert one.result.trained[train.PROMPT].tobytes() == (
             other.result.trained[train.PROMPT].tobytes()
         )
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_members_that_go_on_go_together_as_from_the_start(vocabulary, tmp_path, dropout):
+    cfg = dataclasses.replace(SMALL, dropout_rate=dropout)
+    backbone = backbones.random(cfg, 0, vocabulary, partition.make_mesh(devices=1))
+    members = [bucketed(backbone, str(seed), seed, 1) for seed in range(3)]
+
+    def groups(start):
+        runs = []
+        for one in members:
+            one = dataclasses.replace(one, model_dir=tmp_path / str(start) / one.name)
+            if start:
+                state = {**population._Run(one, backbone).state, "step": jnp.int32(start)}
+                about = {"best": selection.UNJUDGED, "identity": {}}
+                checkpoint.save_state(one.model_dir, state, about, 1)
+            runs.append(population._Run(one, backbone))
+        assert {run.step for run in runs} == {start}
+        return [[run.member.name for run in g.runs] for g in population._grouped(runs, backbone)]
+
+    assert groups(2) == groups(0) == [["0", "1"], ["2"]]
+
+
+def test_a_member_that_is_at_its_end_already_is_evaluated_if_it_never_was(tiny, pairs, tmp_path):
+    def made(steps, evaluate):
+        return member(
+            tiny, pairs, None, "a", train_steps=steps, model_dir=tmp_path, checkpoint_period=2,
+            evaluate=evaluate, save=prompt.saver({}, None),
+        )  # fmt: skip
+
+    def killing(flat, step):
+        raise Killed
+
+    calls = []
+    with pytest.raises(Killed):
+        population.fit(tiny, [made(3, killing)])
+    for _ in range(2):
+        judge = lambda flat, step: calls.append(step) or {"accuracy": 5.0}  # noqa: E731
+        [found] = population.fit(tiny, [made(2, judge)])
+        assert (found.result.best_step, found.result.metrics) == (2, {"accuracy": 5.0})
+    assert calls == [2] and (tmp_path / "prompts" / "best.safetensors").is_file()
 
 
 def test_patience_and_the_best_step_are_each_members_own(tiny, pairs):

@@ -131,7 +131,7 @@ def test_a_malformed_sweep_is_one_sentence():
     assert sweep.read(good).seeds == [0]
     for name, bad in (
         ("POINTS", {"1": "A=1"}), ("LINES", {}), ("SEEDS", ["0"]), ("SEEDS", [0, 0]),
-        ("SWEEP_DIR", 1),
+        ("SWEEP_DIR", 1), ("POINTS", {"1": [3]}), ("LINES", {"": [("A", 1)]}),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"{name} is .*expected"):
             sweep.read({**good, name: bad})

@@ -488,6 +488,26 @@ def test_without_an_evaluation_nothing_is_evaluated(tiny, pairs):
     assert calls == [4], "only at the end, unless an eval period is given"
 
 
+def test_a_run_that_is_at_its_end_already_is_evaluated_if_it_never_was(tiny, pairs, tmp_path):
+    calls, save = [], prompt.saver({}, None)
+    settings = dict(
+        model_dir=tmp_path, save=save,
+        evaluate=lambda flat, step: calls.append(step) or {"accuracy": 5.0},
+    )  # fmt: skip
+    with pytest.raises(Killed):
+        fit(tiny, pairs, 4, checkpoint_period=2, **{**settings, "evaluate": killing})
+    for _ in range(2):
+        result = fit(tiny, pairs, 2, **settings)
+        assert (result.step, result.best_step, result.metrics) == (2, 2, {"accuracy": 5.0})
+    assert calls == [2], "once"
+    saved, _ = prompt.load(tmp_path / "prompts" / "best.safetensors")
+    np.testing.assert_array_equal(saved, result.trained[train.PROMPT])
+
+
+def killing(flat, step):
+    raise Killed
+
+
 def test_dropout_and_half_precision_train_the_prompt_in_float32(vocabulary, pairs):
     cfg = dataclasses.replace(
         TINY, num_encoder_layers=1, num_decoder_layers=1, dropout_rate=0.1, dtype=jnp.bfloat16
@@ -592,3 +612,8 @@ def test_training_on_packed_rows_moves_the_prompt_alone(tiny, pairs):
     result = fit(tiny, pairs, steps=3, batches=packed)
     assert np.abs(result.trained[train.PROMPT] - prompt_of(tiny)).max() > 0
     assert bits(tiny.params) == before
+
+
+def test_a_rate_without_warm_up_is_a_number_from_the_first_step_on():
+    rate = optim.rsqrt(0.5, warmup_steps=0)
+    np.testing.assert_allclose([rate(step) for step in (0, 1, 4)], [0.5, 0.5, 0.25])

@@ -139,6 +139,27 @@ def test_the_command_trains_evaluates_goes_on_and_grows(tiny_folder, tmp_path, c
     assert "was made by another configuration" in capsys.readouterr().err
 
 
+def test_a_prompt_is_evaluated_with_the_backbone_it_was_trained_with(tmp_path, monkeypatch):
+    from softprompt import config
+
+    asked = []
+    monkeypatch.setattr(
+        sweep, "do",
+        lambda run, binary: asked.append(config.macros()) or sweep.Outcome(run, 1.0, {"f": 1.0}, 1),
+    )  # fmt: skip
+    config.parse(["models/t5_1_1_embedded.gin", "runs/prompt_finetune.gin"], complete=False)
+    macros = config.macros()
+    for what in (["prompts/best.safetensors"], ["prompts/best.safetensors", "backbone/x"]):
+        folder = tmp_path / str(len(what))
+        for name in what:
+            (folder / name).parent.mkdir(parents=True)
+            (folder / name).touch()
+        transfer.evaluated(sweep.Run("m", "", "s", 0, [], folder), "t", "test", macros)
+    alone, both = asked
+    assert not alone["IGNORE_FINGERPRINT"] and both["IGNORE_FINGERPRINT"] is True
+    assert both["INITIAL_CHECKPOINT_PATH"].endswith("2/backbone")
+
+
 def test_a_run_stays_finished_in_a_larger_plan_alone():
     from softprompt import config
 
