@@ -293,8 +293,9 @@ def _dry_run(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> int:
     if settings["loss"] == launch.evaluation.LABELS:
         _import_tensorflow()
         labels = launch.label_count(settings)
-    for text in memory.dry_run(settings, args.device_memory, labels):
-        print(text, flush=True)
+    with config.errors():
+        for text in memory.dry_run(settings, args.device_memory, labels):
+            print(text, flush=True)
     return 0
 
 

@@ -307,6 +307,10 @@ def _tuning(
         microbatches=(microbatches, 1), length_buckets=(length_buckets, 1),
         pack_length=(0 if pack_length == "auto" else pack_length, 0),
     )  # fmt: skip
+    if patience and not eval_period:
+        raise ValueError(
+            f"patience is {patience}, but nothing is evaluated before the end: eval_period is 0"
+        )
     labels = None if labels is None else _label_list(labels)
     examples, judged = shared(_examples, train_data, "train", backbone, lengths, labels)
     labels = labels or judged.labels
@@ -324,12 +328,14 @@ def _tuning(
         [examples], [1.0], batch_size, seed, slots, backbone.mesh, microbatches, pack_length,
         length_buckets, 0 if label_ids is None else label_ids.shape[1],
     )  # fmt: skip
+    packed: dict[str, int] = {}
     if pack_length:
-        pack_length = batches.length
+        pack_length, packed = batches.length, {"packed_rows": batches.shape[0]}
 
-    run_evaluation = None
+    run_evaluation, judged_by = None, None
     if validation_data is not None:
         held_out = shared(_examples, validation_data, "validation", backbone, lengths, labels)[1]
+        judged_by = data.fingerprint([held_out.examples])
         predictor = shared(
             _predictor, backbone, prompt_length, labels, lengths, batch_size,
             train.evaluations(train_steps, eval_period),
@@ -359,9 +365,11 @@ def _tuning(
             **about,
             "batch_size": batch_size,
             "pack_length": pack_length,
+            **packed,
             "length_buckets": length_buckets,
             "task_feature_lengths": dict(lengths),
             "examples": data.fingerprint([examples]),
+            "held_out": judged_by,
             "labels": labels and list(labels),
             "learning_rate": _rates(learning_rate, train_steps),
         },

@@ -66,7 +66,8 @@ def _abstract(cfg: T5Config) -> dict[str, Any]:
     stacks = {"encoder": cfg.num_encoder_layers, "decoder": cfg.num_decoder_layers}
     # The layers of a stack are alike: tracing them all would take most of a second.
     one = dataclasses.replace(cfg, num_encoder_layers=1, num_decoder_layers=1)
-    found = jax.eval_shape(PromptedT5(one).init, jax.random.key(0), ids, ids)
+    key = jax.eval_shape(jax.random.key, 0)  # Not computed either.
+    found = jax.eval_shape(PromptedT5(one).init, key, ids, ids)
     for variables in found.values():
         for stack, layers in stacks.items():
             layer = variables[stack]["layers_0"]

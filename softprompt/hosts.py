@@ -8,6 +8,7 @@ says: no other branch exists for one host.
 import contextlib
 import os
 import pickle
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -54,7 +55,7 @@ def start(
             f"a run of several processes needs {', '.join(given)}, got no {', '.join(missing)}; "
             f"--distributed=auto takes them from the cluster"
         )
-    if coordinator_address is not None and not coordinator_address.rpartition(":")[2].isdigit():
+    if coordinator_address is not None and not re.fullmatch(r".+:\d+", coordinator_address):
         raise ValueError(f"--coordinator_address is {coordinator_address!r}, expected HOST:PORT")
     if num_processes is not None and num_processes < 1:
         raise ValueError(f"--num_processes is {num_processes}, expected at least 1")

@@ -255,6 +255,7 @@ def train(
 
         pretraining.use_corpus(text_corpus)
     tasks = shared(load_tasks, mixture_or_task_name, mixture_or_task_module, user_data)
+    rates = [rate for _, rate in tasks]
     class_labels = [evaluation.label_classes(task) for task, _ in tasks]
     initial = deep = None
     origin: dict[str, Any] = {"initialisation": None}
@@ -289,7 +290,7 @@ def train(
         label_ids = evaluation.training_labels(loss, parts, class_labels, vocabulary, prefix)
         slots = prompted.slots(backbone.cfg.vocab_size, prompt_length)
         batches = inputs.batches(
-            parts, [rate for _, rate in tasks], batch_size, seed, slots, devices, microbatches,
+            parts, rates, batch_size, seed, slots, devices, microbatches,
             pack_length, length_buckets, 0 if label_ids is None else label_ids.shape[1],
         )  # fmt: skip
         if pack_length:
@@ -344,6 +345,7 @@ def train(
         "task_feature_lengths": dict(task_feature_lengths),
         # Text that is streamed is known by its task alone.
         "examples": None if stream else data.fingerprint(parts),
+        "rates": rates,
         "labels": class_labels,
         "eval_split": eval_split,
         "eval_mode": eval_mode,

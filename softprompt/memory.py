@@ -4,7 +4,9 @@ The train step is lowered from shapes, types and shardings alone, and compiled f
 hand; XLA's buffer assignment then says what it needs. Nothing of the backbone is allocated.
 """
 
+import contextlib
 import dataclasses
+import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -27,6 +29,8 @@ from softprompt import (
     tree,
 )
 from softprompt.prompted import PromptedT5
+from softprompt.reparameterise import Mlp
+from softprompt.settings import check_counts, check_numbers, check_patterns, check_settings
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 # Code is generated without optimisation: it plays no part in what memory the program needs.
@@ -47,10 +51,13 @@ class Run:
       encoder_length: P + T.
       targets_length: L.
       packed: whether several examples share a row.
+      batch_size: examples of a packed batch, on the average; else `rows`.
       microbatches: equal parts that a batch is computed in.
       labels: C, for the loss among the labels, 0 for that of the target text.
       label_length: of the longest label, if packed; else `targets_length`.
       trainable, frozen: patterns of paths.
+      depth: D, encoder layers that read the prompt anew.
+      reparameterisation: a network that the prompt is trained behind.
     """
 
     cfg: t5_config.T5Config
@@ -62,11 +69,14 @@ class Run:
     encoder_length: int
     targets_length: int
     packed: bool = False
+    batch_size: int = 0
     microbatches: int = 1
     labels: int = 0
     label_length: int = 0
     trainable: Sequence[str] = ("prompt/.*",)
     frozen: Sequence[str] = (".*",)
+    depth: int = 1
+    reparameterisation: Mlp | None = None
 
     def but(self, **changes: Any) -> "Run":
         """The same run with other values; `remat` goes into the configuration."""
@@ -75,12 +85,23 @@ class Run:
             cfg = dataclasses.replace(cfg, remat=changes.pop("remat"))
         return dataclasses.replace(self, cfg=cfg, **changes)
 
+    @property
+    def part(self) -> int:
+        """Rows of a microbatch."""
+        return self.rows // self.microbatches
+
+    def cut(self, microbatches: int) -> "Run":
+        """The same run in so many parts, with as many more rows as equal parts take."""
+        rows = data.round_up(self.rows, self.mesh.shape["data"] * microbatches)
+        return self.but(rows=rows, microbatches=microbatches)
+
 
 @dataclasses.dataclass(frozen=True)
 class Need:
     """Bytes that a run takes on each device, by what they are for.
 
-    `temporaries` are activations and everything else that lives within a step.
+    `temporaries` are activations and everything else that lives within a step; `start` are the
+    backbone's own values of what trains, which a run keeps beside.
     """
 
     weights: int
@@ -88,6 +109,7 @@ class Need:
     optimizer: int
     batch: int
     temporaries: int
+    start: int = 0
 
     @property
     def peak(self) -> int:
@@ -106,7 +128,7 @@ def lower(run: Run) -> tuple[jax.stages.Lowered, train_step.State, tree.Flat, di
     """The run's train step, lowered, with the shapes of its state, frozen parameters and batch."""
     params: dict[str, Any] = dict(backbones.layout(run.cfg, run.mesh, run.weights))
     if run.prompt_length:
-        params[train.PROMPT] = backbones.prompt_layout(run.cfg, run.mesh, run.prompt_length)
+        params |= _prompt_layout(run)
     trained, fixed = tree.split(params, run.trainable, run.frozen)
     train.check_trainable(trained)
     trained = {
@@ -135,10 +157,26 @@ def lower(run: Run) -> tuple[jax.stages.Lowered, train_step.State, tree.Flat, di
         PromptedT5(run.cfg, run.prompt_length),
         run.optimizer,
         label_ids=label_ids,
+        reparameterisation=run.reparameterisation,
         microbatches=run.microbatches,
     )
     lowered = train_step.jit_step(step).lower(state, fixed, batch)
     return lowered, state, fixed, batch
+
+
+def _prompt_layout(run: Run) -> tree.Flat:
+    """Shapes of what a prompt is made of: its bank, the rows of deeper layers, its network."""
+    found = {train.PROMPT: backbones.prompt_layout(run.cfg, run.mesh, run.prompt_length)}
+    if run.depth > 1:
+        shape = (run.depth - 1, run.prompt_length, run.cfg.emb_dim)
+        found[train.DEEP] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    if run.reparameterisation is not None:
+        found = jax.eval_shape(run.reparameterisation.init, jax.random.key(0), found)
+    everywhere = partition.replicated(run.mesh)
+    return {
+        path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
+        for path, x in found.items()
+    }
 
 
 def need(run: Run) -> Need:
@@ -157,6 +195,9 @@ def need(run: Run) -> Need:
         optimizer=size_on_device(state["opt"]),
         batch=size_on_device(batch),
         temporaries=stats.temp_size_in_bytes + max(fresh, 0) + stats.generated_code_size_in_bytes,
+        start=size_on_device(
+            {k: x for k, x in state["trainable"].items() if not k.startswith("prompt/")}
+        ),
     )
 
 
@@ -175,15 +216,28 @@ def parse_size(text: str) -> int:
 
 def device_memory(mesh: jax.sharding.Mesh) -> int | None:
     """Bytes that each device has, as the runtime says; on CPU the host's, shared by its devices."""
-    device = mesh.devices.flat[0]
+    device = mesh.local_devices[0]
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if limit is None and device.platform == "cpu":
-        try:
-            text = open("/proc/meminfo").read()
-        except OSError:
-            return None
-        limit = 1024 * int(re.search(r"MemTotal:\s+(\d+)", text)[1]) // mesh.size
+        host = host_memory()
+        return host and host // len(mesh.local_devices)
     return limit
+
+
+def host_memory(root: pathlib.Path = pathlib.Path("/")) -> int | None:
+    """Bytes that this process may take: what the machine has, or less where a container has less.
+
+    None where the kernel does not say.
+    """
+    try:
+        text = (root / "proc/meminfo").read_text()
+    except OSError:
+        return None
+    found = [1024 * int(re.search(r"MemTotal:\s+(\d+)", text)[1])]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # Of control groups 2 and 1.
+        with contextlib.suppress(OSError, ValueError):
+            found.append(int((root / "sys/fs/cgroup" / name).read_text()))
+    return min(found)
 
 
 def suggest(
@@ -221,7 +275,7 @@ def _larger(run: Run, first: Need, limit: int, measure) -> list[tuple[Run, Need]
     while fixed + 2 * times * first.temporaries <= limit and times < 64:
         times *= 2
     while times > 1:
-        larger = run.but(rows=run.rows * times)
+        larger = run.but(rows=run.rows * times, batch_size=run.batch_size * times)
         needed = measure(larger)
         if needed.peak <= limit:
             return [(larger, needed)]
@@ -231,24 +285,19 @@ def _larger(run: Run, first: Need, limit: int, measure) -> list[tuple[Run, Need]
 
 def _fewest_parts(run: Run, limit: int, measure) -> tuple[Run, Need] | None:
     """The run in the fewest microbatches that fit, or None."""
-    unit = run.mesh.shape["data"]
-    parts = [n for n in range(1, run.rows // unit + 1)
-             if run.rows // unit % n == 0 and n >= run.microbatches]  # fmt: skip
-    most = run.but(microbatches=parts[-1])
-    least_need = measure(most)
+    most = (run.batch_size or run.rows) // run.mesh.shape["data"]
+    candidates = [run.cut(n) for n in range(run.microbatches, most + 1) if most % n == 0]
+    least, least_need = candidates[-1], measure(candidates[-1])
     if least_need.peak > limit:
         return None
-    fitting = most, least_need
     # One row costs at most what a part of one row does: a first guess that is rather too low.
     room = (limit - (least_need.peak - least_need.temporaries)) / least_need.temporaries
-    at = next(i for i, n in enumerate(parts) if parts[-1] / n <= room or n == parts[-1])
-    while parts[at] != parts[-1]:
-        candidate = run.but(microbatches=parts[at])
-        needed = measure(candidate)
-        if needed.peak <= limit:
-            return candidate, needed
-        at += 1
-    return fitting
+    for candidate in candidates[:-1]:
+        if candidate.part <= room * least.part:
+            needed = measure(candidate)
+            if needed.peak <= limit:
+                return candidate, needed
+    return least, least_need
 
 
 # --- from gin's values to a report --------------------------------------------------------------
@@ -260,6 +309,19 @@ def of_settings(settings: Mapping[str, Any], mesh: jax.sharding.Mesh, labels: in
     The architecture is ARCHITECTURE's, else read off the headers of the checkpoint. How long
     examples really are only the data tells: shorter ones need less.
     """
+    lengths, length = settings["task_feature_lengths"], settings["prompt_length"]
+    batch_size, microbatches = settings["batch_size"], settings["microbatches"]
+    if (pack := settings["pack_length"]) == "auto":
+        raise ValueError(
+            "PACK_LENGTH 'auto' is chosen by the data, which a dry run does not read; give it the "
+            "row length that the run says"
+        )
+    check_settings(
+        settings["dtype"], lengths, BATCH_SIZE=(batch_size, 1), PROMPT_LENGTH=(length, 0),
+        PACK_LENGTH=(pack, 0), MICROBATCHES=(microbatches, 1),
+    )  # fmt: skip
+    check_numbers(DROPOUT_RATE=(settings["dropout_rate"], 0, 1))
+    check_patterns(TRAINABLE=settings["trainable"], FROZEN=settings["frozen"])
     name, path = settings.get("architecture"), settings.get("initial_checkpoint_path")
     if name is not None:
         cfg = t5_config.config(name)
@@ -273,25 +335,20 @@ def of_settings(settings: Mapping[str, Any], mesh: jax.sharding.Mesh, labels: in
         dtype=jnp.dtype(settings["dtype"]),
         remat=settings["remat"],
     )
-    lengths, length = settings["task_feature_lengths"], settings["prompt_length"]
-    microbatches = settings["microbatches"]
     inputs, targets = (data.round_up(lengths[feature]) for feature in ("inputs", "targets"))
-    rows = train_step.rows_for(settings["batch_size"], mesh, microbatches)
+    rows = batch_size = train_step.rows_for(batch_size, mesh, microbatches)
     width = length + inputs
-    if (pack := settings["pack_length"]) == "auto":
-        raise ValueError(
-            "PACK_LENGTH 'auto' is chosen by the data, which a dry run does not read; give it the "
-            "row length that the run says"
-        )
     label_length = 0
     if pack:
-        longest = [np.ones(lengths[f], np.int32) for f in ("inputs", "targets")]
-        full = data.Examples("full", [longest[0]], [longest[1]], [{}], {})
+        # Rows may be shorter than the longest example that there could be.
+        longest = max(1, min(lengths["inputs"], pack - length))
+        found = [np.ones(n, np.int32) for n in (longest, lengths["targets"])]
+        full = data.Examples("full", [found[0]], [found[1]], [{}], {})
         slots = prompted.slots(cfg.vocab_size, length)
         over = mesh.shape["data"] * microbatches
         label_length = lengths["targets"] if labels else 0
         rows, width, targets = packing.Packing(
-            [full], [1.0], settings["batch_size"], 0, slots, pack, over, label_length=label_length
+            [full], [1.0], batch_size, 0, slots, pack, over, label_length=label_length
         ).shape
     return Run(
         cfg=cfg,
@@ -303,12 +360,24 @@ def of_settings(settings: Mapping[str, Any], mesh: jax.sharding.Mesh, labels: in
         encoder_length=width,
         targets_length=targets,
         packed=bool(pack),
+        batch_size=batch_size if pack else 0,
         microbatches=microbatches,
         labels=labels,
         label_length=label_length,
         trainable=tuple(settings["trainable"]),
         frozen=tuple(settings["frozen"]),
+        depth=_depth(settings["prompt_depth"], cfg),
+        reparameterisation=settings["reparameterisation"],
     )
+
+
+def _depth(depth: int | str, cfg: t5_config.T5Config) -> int:
+    layers = cfg.num_encoder_layers
+    depth = layers if depth == "all" else depth
+    check_counts(PROMPT_DEPTH=(depth, 1))
+    if depth > layers:
+        raise ValueError(f"PROMPT_DEPTH is {depth}, the backbone has {layers} encoder layers")
+    return depth
 
 
 def report(run: Run, found: Need, limit: int | None) -> str:
@@ -325,6 +394,11 @@ def report(run: Run, found: Need, limit: int | None) -> str:
     for name, size in dataclasses.asdict(found).items():
         lines.append(f"  {NAMES[name]:28} {size / gib:9.3f}")
     lines.append(f"  {'peak':28} {found.peak / gib:9.3f}")
+    if run.mesh.devices.flat[0].platform == "cpu":
+        lines.append(
+            "on a CPU kernels take memory of their own, which is not counted: allow for a third "
+            "more, with REMAT='full' for half"
+        )
     if limit is None:
         lines.append("the device's memory is not known: give --device_memory=80GiB")
         return "\n".join(lines)
@@ -353,15 +427,16 @@ NAMES = {
     "optimizer": "optimizer state",
     "batch": "batch",
     "temporaries": "activations, temporaries",
+    "start": "what trained weights were",
 }
 
 
 def describe(run: Run) -> str:
     """The settings that decide about memory, as gin has them."""
-    rows = "rows" if run.packed else "BATCH_SIZE"
+    rows = f" ({run.rows} packed rows)" if run.packed else ""
     return (
-        f"{rows}={run.rows} MICROBATCHES={run.microbatches} REMAT={run.cfg.remat!r} "
-        f"WEIGHTS={run.weights!r}"
+        f"BATCH_SIZE={run.batch_size or run.rows}{rows} MICROBATCHES={run.microbatches} "
+        f"REMAT={run.cfg.remat!r} WEIGHTS={run.weights!r}"
     )
 
 

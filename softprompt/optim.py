@@ -22,7 +22,7 @@ def constant(value: float = 0.3) -> Schedule:
 def rsqrt(value: float = 1.0, warmup_steps: int = 10_000) -> Schedule:
     """T5's pre-training schedule, `value / sqrt(max(step, warmup_steps))` (Raffel 2020, 3.1.2)."""
     check_numbers(LEARNING_RATE=(value, 0), WARMUP_STEPS=(warmup_steps, 0))
-    return lambda step: value / jnp.maximum(step, warmup_steps) ** 0.5
+    return lambda step: value / jnp.maximum(step, max(warmup_steps, 1)) ** 0.5
 
 
 def warmup_linear(peak: float, steps: int, warmup_steps: int = 0, final: float = 0.0) -> Schedule:

@@ -39,8 +39,8 @@ def make_mesh(data: int = -1, model: int = 1, devices: int | None = None) -> Mes
     # Each host's devices are neighbours, so that its rows of a batch are neighbours too.
     available = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))[:devices]
     if data == -1:
-        data = len(available) // model
-    if data * model != len(available) or data < 1:
+        data = max(1, len(available) // model)
+    if data * model != len(available):
         raise ValueError(
             f"a mesh of {data} (data) x {model} (model) needs {data * model} devices, "
             f"got {len(available)}"

@@ -82,15 +82,30 @@ def _int8_product_forward(spec, x, values, scale, dtype):
     return int8_product.fun(spec, x, values, scale, dtype), (values, scale, jnp.zeros((), x.dtype))
 
 
+@jax.custom_batching.custom_vmap
+def _own_copy(values: Array, grad: Array) -> Array:
+    """`values`, by zeros that no compiler may assume, for they could be NaN.
+
+    The CPU backend drops barriers before it merges equal operations, and would take the forward
+    pass's copy in their place.
+    """
+    return values + (0 * grad.ravel()[0]).astype(values.dtype)
+
+
+@_own_copy.def_vmap
+def _own_copy_of_all(size: int, batched: list[bool], values: Array, grad: Array):
+    """One copy for the gradients of all prompts of a population."""
+    del size
+    return _own_copy(values, grad), batched[0]
+
+
 def _int8_product_backward(spec, dtype, saved, grad):
     del dtype
     values, scale, like = saved
     inputs, out = spec.split("->")
     of_x, of_y = inputs.split(",")
     grad, values = jax.lax.optimization_barrier((grad, values))
-    # The CPU backend drops barriers before it merges equal operations, and would take the forward
-    # pass's copy: zeros that no compiler may assume (they could be NaN) make this another one.
-    values = values + (0 * grad.ravel()[0]).astype(values.dtype)
+    values = _own_copy(values, grad)
     grad = (grad.astype(jnp.float32) * scale).astype(like.dtype)
     back = _einsum(f"{out},{of_y}->{of_x}", grad, values.astype(like.dtype), like.dtype)
     return back, None, None

@@ -196,8 +196,9 @@ def fit(
     collapse = reparameterisation.collapse if reparameterisation else dict
     trained, fixed = tree.split(params, trainable, frozen)
     check_trainable(trained)
-    trained = {path: x.astype(jnp.float32) for path, x in trained.items()}
-    state = train_step.init_state(trained, optimizer, backbone.mesh)
+    state = train_step.init_state(
+        {path: x.astype(jnp.float32) for path, x in trained.items()}, optimizer, backbone.mesh
+    )
     best, restored = selection.UNJUDGED, None
     if model_dir is not None:
         restored = checkpoint.restore_state(model_dir, state, say)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import shutil
 
 import numpy as np
@@ -11,7 +12,7 @@ from safetensors import numpy as safetensors_numpy
 from softprompt import backbone as backbones
 from softprompt import checkpoint, settings, tree
 from softprompt.formats import Stored, native
-from softprompt.vocabulary import Vocabulary, open_vocabulary
+from softprompt.vocabulary import ByteVocabulary, Vocabulary, open_vocabulary
 
 
 def saved(tiny, folder, dtype="float32"):
@@ -114,6 +115,22 @@ def test_t5s_own_vocabulary_loads_with_its_sentinels(fixtures):
     words = Vocabulary(fixtures / "t5_vocab.model")
     assert words.size == 32_100 and words.sentinel(0) == 32_099
     assert words.decode(words.encode("A fine film.")) == "A fine film."
+
+
+def test_sentinels_are_found_as_their_model_names_them(tmp_path, vocabulary):
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(pathlib.Path(vocabulary.path).read_bytes())
+    for i in (1, 0):
+        model.pieces.add(piece=f"<extra_id_{i}>", score=0.0, type=4)
+    (tmp_path / "own.model").write_bytes(model.SerializeToString())
+    words = Vocabulary(tmp_path / "own.model")
+    assert words.extra_ids == 0 and words.sentinel(0) == words.size - 1
+    with pytest.raises(ValueError, match="own.model' has no sentinel <extra_id_2>"):
+        words.sentinel(2)
+    # ByT5's are the last bytes, downwards.
+    assert [ByteVocabulary().sentinel(i) for i in (0, 1)] == [258, 257]
 
 
 def test_any_changed_bit_changes_the_fingerprint(tiny):

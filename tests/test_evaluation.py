@@ -98,6 +98,8 @@ def zeros(count=3, width=SMALL.emb_dim):
 @pytest.mark.parametrize("call, message", [
     (lambda b: softprompt.classify(b, TEXTS, "person"), "labels: got 'person', expected a list"),
     (lambda b: softprompt.tune(b, [("a", "b")], labels="abc"), "labels: got 'abc', expected a"),
+    (lambda b: softprompt.tune(b, [("a", "b")], [("a", "b")], patience=2, eval_period=0),
+     "patience is 2, but nothing is evaluated before the end: eval_period is 0"),
     (lambda b: softprompt.evaluate(b, [("a", "b")], labels="abc"), "labels: got 'abc', expected"),
     (lambda b: softprompt.ensemble(b, TEXTS, [zeros()], []), "labels: got an empty list, expected"),
     (lambda b: softprompt.classify(b, TEXTS, []), "labels: got an empty list, expected one or"),

@@ -180,6 +180,8 @@ def test_flags_that_do_not_fit_together_are_named():
         hosts.start("127.0.0.1:1234")
     with pytest.raises(ValueError, match="--process_id is 2, expected 0 to 1"):
         hosts.start("127.0.0.1:1234", 2, 2)
+    with pytest.raises(ValueError, match="'1234', expected HOST:PORT"):
+        hosts.start("1234", 2, 0)
     with pytest.raises(ValueError, match="'127.0.0.1', expected HOST:PORT"):
         hosts.start("127.0.0.1", 2, 0)
     assert not hosts.several() and hosts.first()

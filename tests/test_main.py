@@ -434,6 +434,8 @@ def test_wrong_calls_are_sentences(tiny, pairs):
 def test_tuning_goes_on_with_its_own_data_and_rate_alone(tiny, pairs, tmp_path):
     settings = dict(prompt_length=2, batch_size=4, model_dir=tmp_path)
     softprompt.tune(tiny, pairs, train_steps=2, **settings)
+    with pytest.raises(ValueError, match="held_out was None, is now "):
+        softprompt.tune(tiny, pairs, pairs[:4], train_steps=3, **settings)
     with pytest.raises(ValueError, match="examples was "):
         softprompt.tune(tiny, pairs[:8], train_steps=3, **settings)
     with pytest.raises(ValueError, match="learning_rate was "):

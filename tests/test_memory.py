@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -30,6 +31,7 @@ from softprompt import (
 )
 from softprompt.formats import Stored, native
 from softprompt.prompted import PromptedT5
+from softprompt.reparameterise import Mlp
 
 
 def rounded(backbone):
@@ -302,6 +304,24 @@ def test_int8_weights_are_never_all_widened_at_once():
     assert in_parts.temporaries < 0.5 * float32.weights
 
 
+def test_what_a_prompt_is_made_of_counts():
+    network = Mlp(16, shared=False)
+    prompt = {train.PROMPT: np.ones((4, 24)), train.DEEP: np.ones((2, 4, 24))}
+    made = [4 * np.size(x) for x in network.init(jax.random.key(0), prompt).values()]
+    run = tiny_run(depth=3, reparameterisation=network)
+    for patterns, size in ((("prompt/.*",), sum(made)), (("prompt/deep",), 2 * 4 * 24 * 4)):
+        _, state, _, _ = memory.lower(run.but(trainable=patterns))
+        assert memory.size_on_device(state["trainable"]) == size
+        assert memory.size_on_device(state["opt"]) > size / 2
+
+
+def test_weights_that_train_lie_there_twice(whole):
+    cfg = dataclasses.replace(tiny_run().cfg, num_encoder_layers=1)
+    found = memory.need(tiny_run(cfg=cfg, trainable=(".*",), prompt_length=0))
+    assert found.weights == 0 and found.start == found.trained > 0
+    assert whole.start == 0
+
+
 def fake(run):
     """A need of 100 for weights and 10 for each row of a part, less with rematerialisation."""
     each = {"none": 10, "minimal": 6, "full": 2}[run.cfg.remat]
@@ -322,6 +342,60 @@ def test_suggestions_fit(limit, expected):
     found = memory.suggest(run, fake(run), limit, fake)
     assert all(needed.peak <= limit for _, needed in found)
     assert [(r.rows, r.microbatches, r.cfg.remat, r.weights) for r, _ in found] == expected
+
+
+def test_parts_of_packed_rows_divide_the_batch():
+    run = tiny_run(packed=True, rows=33, batch_size=32)
+    found = memory.suggest(run, fake(run), 280, fake)
+    assert [(r.batch_size, r.rows, r.microbatches) for r, _ in found[:1]] == [(32, 34, 2)]
+    assert "BATCH_SIZE=32 (34 packed rows) MICROBATCHES=2" in memory.advice(run, found)
+    few = run.but(rows=6, batch_size=16)
+    least = memory.suggest(few, fake(few), 115, fake)[0][0]
+    assert (least.rows, least.microbatches) == (8, 8), "with 16 parts it would have 16 rows"
+    found = memory.suggest(run, fake(run), 1000, fake)
+    assert [(r.batch_size, r.rows) for r, _ in found] == [(64, 66)]
+
+
+def test_memory_is_that_of_the_container(tmp_path):
+    assert memory.host_memory(tmp_path) is None
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal:  2048 kB\nMemFree: 1 kB\n")
+    assert memory.host_memory(tmp_path) == 2 * 2**20
+    group = tmp_path / "sys/fs/cgroup/memory.max"
+    group.parent.mkdir(parents=True)
+    for text, expected in (("max\n", 2 * 2**20), ("1000000\n", 10**6)):
+        group.write_text(text)
+        assert memory.host_memory(tmp_path) == expected
+
+
+def settings(**changes):
+    """Arguments of `launch.train` that a dry run asks for."""
+    return {
+        "architecture": "t5_1_1_embedded", "dropout_rate": 0.1, "dtype": "float32",
+        "remat": "none", "task_feature_lengths": {"inputs": 512, "targets": 16},
+        "prompt_length": 100, "batch_size": 16, "microbatches": 1, "pack_length": 0,
+        "weights": None, "optimizer": optim.adafactor, "trainable": ["prompt/.*"],
+        "frozen": [".*"], "prompt_depth": 1, "reparameterisation": None, **changes,
+    }  # fmt: skip
+
+
+def test_rows_may_be_shorter_than_the_longest_example_that_could_be():
+    mesh = partition.make_mesh(devices=1)
+    run = memory.of_settings(settings(pack_length=264, prompt_depth="all"), mesh)
+    assert (run.rows, run.encoder_length, run.batch_size, run.depth) == (16, 264, 16, 4)
+    with pytest.raises(ValueError, match="PACK_LENGTH is 100, but the longest input with its"):
+        memory.of_settings(settings(pack_length=100), mesh)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("batch_size", 0), ("dtype", "fp16"), ("task_feature_lengths", {"inputs": 8}),
+     ("prompt_length", -1), ("microbatches", 2.0), ("dropout_rate", 1.0), ("prompt_depth", 5),
+     ("pack_length", "all"), ("trainable", "prompt")],
+)  # fmt: skip
+def test_what_a_run_would_refuse_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name.upper()} is {value!r}, "):
+        memory.of_settings(settings(**{name: value}), partition.make_mesh(devices=1))
 
 
 def test_sizes_are_read_with_their_units():

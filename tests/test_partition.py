@@ -94,6 +94,8 @@ def test_a_mesh_larger_than_the_machine_is_refused():
     count = len(jax.devices())
     with pytest.raises(ValueError, match=f"needs {3 * count} devices, got {count}"):
         partition.make_mesh(3, count)
+    with pytest.raises(ValueError, match=f"x {3 * count} .model. needs {3 * count} devices, got"):
+        partition.make_mesh(model=3 * count)
 
 
 @pytest.mark.parametrize("value", [None, {}, "abc", True, 0, -2, 1.0])

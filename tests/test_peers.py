@@ -190,6 +190,16 @@ def test_bfloat16_is_not_left_out_on_a_gpu(peers, monkeypatch, capsys):
     assert "--no_bfloat16 is for a CPU" in capsys.readouterr().err
 
 
+def test_what_computes_on_another_device_is_not_measured(peers, monkeypatch):
+    import jax
+    import worker
+
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    with pytest.raises(ValueError, match="JAX computes on the cpu, expected the gpu"):
+        worker.Ours({"device": "gpu", "cpu_devices": 1})
+
+
 def test_peers_batches_are_cut_and_filled(peers, tmp_path):
     import worker
 

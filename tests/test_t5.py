@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GOLDENS, TINY, golden
+from test_decode import equations
 
 from softprompt import backbone as backbones
 from softprompt import losses, partition, products, t5, t5_config, t5_layers, tree
@@ -261,6 +262,20 @@ def test_a_product_by_itself_and_its_gradients_are_those_of_einsum(spec, of_x, o
     near = 1e-5 if dtype == jnp.float32 else 0.02
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=near, atol=near * np.abs(b).max() + 10 * near)
+
+
+def test_gradients_of_many_prompts_share_an_int8_matrix(rng):
+    values = jnp.asarray(rng.integers(-127, 128, (5, 6)), jnp.int8)
+    scale, x = (jnp.asarray(rng.normal(size=n), jnp.float32) for n in (6, (3, 2, 4, 5)))
+
+    def loss(x):
+        y = products.int8_product("btk,kn->btn", x, values, scale, jnp.float32)
+        return jnp.sum(jnp.sin(0.01 * y))
+
+    grad = jax.vmap(jax.grad(loss))
+    made = [y.aval for e in equations(jax.make_jaxpr(grad)(x).jaxpr) for y in e.outvars]
+    assert {y.shape for y in made if y.dtype == jnp.int8 and y.size > 1} == {(5, 6)}
+    np.testing.assert_allclose(grad(x), jnp.stack([jax.grad(loss)(one) for one in x]), rtol=1e-5)
 
 
 def test_a_padded_row_is_a_number_in_float16_too(tiny):
