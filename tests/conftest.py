@@ -3,7 +3,10 @@
 import importlib.util
 import os
 import pathlib
+import shutil
+import tempfile
 
+import jax
 import numpy as np
 import pytest
 
@@ -21,6 +24,18 @@ _spec.loader.exec_module(golden)
 
 # A small T5 1.1 whose sizes all differ, so that no axis can be taken for another.
 TINY = t5_config.T5Config(**{**golden.SIZES, "vocab_size": 8192})
+
+
+def pytest_configure(config):
+    """What one test compiles is there for all others, other processes' too, until the run ends."""
+    if "SOFTPROMPT_CACHE_DIR" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="softprompt_tests_")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+        os.environ["SOFTPROMPT_CACHE_DIR"] = folder
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 @pytest.fixture(scope="session")
