@@ -433,7 +433,7 @@ def _banked(backbone: Backbone, named: Mapping[str, Prompt | np.ndarray | None])
         )
     arrays = [one and one.array for one in found.values()]
     flat, lengths = prompts.attach(backbone, arrays, next(iter(deep.values()), None))
-    prefix = banks.target_prefix(list(found.items()), _vocabulary(backbone))
+    prefix = banks.target_prefix(backbone, list(found.items()))
     return _Bank(flat, lengths, prefix)
 
 

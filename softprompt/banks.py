@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from softprompt import prompt, tree
 from softprompt.backbone import Backbone
 from softprompt.logbook import say
-from softprompt.vocabulary import AnyVocabulary
 
 Path = str | os.PathLike
 # A prompt's file and what is in it; None and None for the bare backbone.
@@ -48,16 +47,19 @@ def together(backbone: Backbone, read: Sequence[Read]) -> tuple[tree.Flat, list[
     return prompt.attach(backbone, [found and found.array for _, found in read])
 
 
-def target_prefix(read: Sequence[Read], vocabulary: AnyVocabulary) -> tuple[int, ...]:
-    """Ids before every target, where the prompts were trained with TARGET_SENTINEL."""
-    given = {str(file): found for file, found in read if found is not None}
-    kinds = {bool(found.metadata.get("target_sentinel")) for found in given.values()}
+def target_prefix(backbone: Backbone, read: Sequence[Read]) -> tuple[int, ...]:
+    """Ids before every target, where the prompts were trained with TARGET_SENTINEL.
+
+    Without any prompt, where the backbone was.
+    """
+    given = {str(file): found.metadata for file, found in read if found is not None}
+    kinds = {bool(x.get("target_sentinel")) for x in given.values() or [backbone.metadata]}
     if len(kinds) > 1:
         raise ValueError(
             f"{', '.join(given)}: some of these prompts were trained with TARGET_SENTINEL, some "
             f"without; they cannot predict together"
         )
-    return (vocabulary.sentinel(0),) if kinds == {True} else ()
+    return (backbone.vocabulary.sentinel(0),) if kinds == {True} else ()
 
 
 def listed(prompt_files: str | Sequence[Path]) -> list[str]:

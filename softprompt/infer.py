@@ -149,7 +149,7 @@ def infer(
     decoding = {"beams": beams, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     predictor = evaluation.Predictor(
         backbone, length, batch_size=batch_size, decode_length=lengths["targets"], seed=seed,
-        prefix=banks.target_prefix(read, backbone.vocabulary), evaluations=None, **decoding,
+        prefix=banks.target_prefix(backbone, read), evaluations=None, **decoding,
     )  # fmt: skip
     identity = {
         "backbone": backbone.fingerprint,

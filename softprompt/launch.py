@@ -246,6 +246,8 @@ def train(
     )  # fmt: skip
     vocabulary = use_vocabulary(backbone)
     prefix = (vocabulary.sentinel(0),) if target_sentinel else ()
+    # What predicts with what was trained asks its metadata.
+    sentinel = {"target_sentinel": True} if target_sentinel else {}
     if embeddings_file is not None:
         params = cooccurrence.start_from(backbone.params, embeddings_file)
         fingerprint = tree.fingerprint(params)
@@ -317,6 +319,7 @@ def train(
             "batch_size": batch_size,
             "task_feature_lengths": dict(task_feature_lengths),
             "seed": seed,
+            **sentinel,
         },
     )  # fmt: skip
 
@@ -332,7 +335,7 @@ def train(
         backbone, mixture_or_task_name, prompt_length, prompt_init, loss, seed, deep,
         reparameterisation,
     )  # fmt: skip
-    about |= {"target_sentinel": True} if target_sentinel else {}
+    about |= sentinel
     cost = _cost(backbone, initial, deep, reparameterisation, trainable, backbone_dtype)
     identity = {
         **about,

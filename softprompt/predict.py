@@ -109,7 +109,7 @@ def eval(
             say(message)
     predictor = evaluation.Predictor(
         backbone, length, eval_mode, batch_size, task_feature_lengths["targets"], beams,
-        prefix=banks.target_prefix(read, vocabulary),
+        prefix=banks.target_prefix(backbone, read),
         evaluations=lengths.MANY_EVALUATIONS if measure_cost else 1,
     )  # fmt: skip
     if together:

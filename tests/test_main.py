@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import softprompt
-from softprompt import evaluation, prompt, tree
+from softprompt import banks, evaluation, prompt, tree
 from softprompt.__main__ import _without, main, split_gin
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -162,12 +162,15 @@ def test_a_backbone_is_kept_if_and_only_if_some_of_it_trained(
 ):
     flags = [f"--train_file={rows}", "--labels=good,bad", "--template={body}", "--target=mark"]
     flags += ["--gin.ARCHITECTURE=None", f"--gin.INITIAL_CHECKPOINT_PATH={tiny_folder}"]
-    assert train(tmp_path / "run", *flags, f"--gin.TRAINABLE=['{pattern}']") == 0
+    flags += [f"--gin.TRAINABLE=['{pattern}']", "--gin.TARGET_SENTINEL=True"]
+    assert train(tmp_path / "run", *flags) == 0
     assert (tmp_path / "run" / "backbone").exists() == tuned
     if tuned:
         before, after = (
             softprompt.load_backbone(path) for path in (tiny_folder, tmp_path / "run" / "backbone")
         )
+        assert banks.target_prefix(after, [(None, None)]) == (after.vocabulary.sentinel(0),)
+        assert not banks.target_prefix(before, [(None, None)])
         moved = [k for k, x in after.params.items() if not np.array_equal(x, before.params[k])]
         assert moved == ["decoder/logits_dense/kernel"]
 
