@@ -348,7 +348,7 @@ def train(
         "task_feature_lengths": dict(task_feature_lengths),
         # Text that is streamed is known by its task alone.
         "examples": None if stream else data.fingerprint(parts),
-        "rates": rates,
+        **({"rates": rates} if len(rates) > 1 else {}),
         "labels": class_labels,
         "eval_split": eval_split,
         "eval_mode": eval_mode,

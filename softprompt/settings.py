@@ -120,6 +120,13 @@ def load_tasks(name: str, modules: str | Sequence[str] | None, user: UserData | 
             target=user.target,
             labels=labels,
         )
+    elif user != UserData() and user is not None:
+        names = {"template": "TEXT_TEMPLATE", "target": "TARGET_FIELD", "labels": "LABELS"}
+        given = [own for k, own in names.items() if getattr(user, k) != getattr(UserData(), k)]
+        raise ValueError(
+            f"{', '.join(given)}: these say how to read files of your own, and none is given; the "
+            f"task {name!r} has its own text and labels"
+        )
     return data.get_tasks(name)
 
 

@@ -190,6 +190,7 @@ def sweep(
         for number, run in enumerate(planned, 1):
             binary = configure(run, files, bindings, search_paths)
             if found := finished(run):
+                _check_figures(found)
                 outcomes.append(found)
                 continue
             left = ""
@@ -201,14 +202,18 @@ def sweep(
             if outcome is None:
                 say(f"stopped during {run}; the same command goes on from here")
                 return False
-            if not outcome.figures and not outcome.diverged:
-                raise ValueError(f"{run} evaluated nothing (EVAL_SPLIT): a sweep compares figures")
+            _check_figures(outcome)
             outcomes.append(outcome)
             spent.append(outcome.seconds)
             write(spec, outcomes)
     table = write(spec, outcomes)
     say(f"{table}\n{len(outcomes)} runs in {spec.folder}: report.html, results.csv, plot.png")
     return True
+
+
+def _check_figures(outcome: Outcome) -> None:
+    if not outcome.figures and not outcome.diverged:
+        raise ValueError(f"{outcome.run} evaluated nothing (EVAL_SPLIT): a sweep compares figures")
 
 
 def check_known(bindings: Sequence[tuple[str, str]], known: Collection[str]) -> None:

@@ -111,6 +111,12 @@ def test_a_diverged_run_does_not_end_a_sweep(tmp_path, small, capsys):
     assert {r["standard_deviation"] for r in rows} == {""}, "one seed has none"
 
 
+def test_a_run_that_evaluated_nothing_ends_a_sweep(small, capsys):
+    for _ in range(2):  # The second time from what the first left.
+        assert main(["sweep", *small, "--gin.SEEDS=[0]", "--gin.EVAL_SPLIT=none"]) == 2
+        assert "evaluated nothing (EVAL_SPLIT)" in capsys.readouterr().err
+
+
 def test_ones_own_data_take_the_place_of_a_sweeps_tasks(tmp_path, small, capsys):
     path = tmp_path / "rows.jsonl"
     lines = [{"text": f"a {w} film", "label": i % 2} for i, w in enumerate("abcd")]

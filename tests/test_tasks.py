@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from softprompt import data
+from softprompt import data, settings
 from softprompt.tasks import metrics, postprocessors, preprocessors, records, super_glue, user
 from softprompt.tasks.records import Row
 from softprompt.vocabulary import read_documents
@@ -567,3 +567,12 @@ def test_rows_read_in_batches_are_those_read_one_by_one(columns):
             assert type(value) is type(other[name])
             assert getattr(value, "dtype", None) == getattr(other[name], "dtype", None)
             np.testing.assert_array_equal(value, other[name])
+
+
+def test_a_template_and_labels_are_for_files_of_ones_own():
+    of_user = settings.UserData(template="a {text}", labels=["a", "b"])
+    message = "TEXT_TEMPLATE, LABELS: these say how to read files of your own, and none is given"
+    with pytest.raises(ValueError, match=message):
+        settings.load_tasks("embedded_sentiment", "softprompt.tasks.registry", of_user)
+    found = settings.load_tasks("embedded_sentiment", None, settings.UserData())
+    assert [task.name for task, _ in found] == ["embedded_sentiment"]
