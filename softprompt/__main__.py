@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 
 from softprompt import heap
+from softprompt.settings import USER_DATA
 
 GIN_COMMANDS = ("train", "population", "eval", "infer", "baseline", "sweep", "transfer")
 # Commands that several processes can run together, and how they find each other.
@@ -18,14 +19,6 @@ JOB_FLAGS = ("coordinator_address", "num_processes", "process_id", "distributed"
 # What a run must be given, but the memory it needs does not depend on.
 NOT_FOR_DRY_RUNS = ("MODEL_DIR", "MIXTURE_OR_TASK_NAME", "INITIAL_CHECKPOINT_PATH", "CORPUS",
                     "VOCABULARY_FILE")  # fmt: skip
-USER_DATA_FLAGS = {
-    "train_file": "TRAIN_FILE",
-    "validation_file": "VALIDATION_FILE",
-    "test_file": "TEST_FILE",
-    "template": "TEXT_TEMPLATE",
-    "target": "TARGET_FIELD",
-    "labels": "LABELS",
-}
 
 
 def _quiet() -> None:
@@ -382,7 +375,7 @@ def _listed(value: str) -> list[str]:
 def _user_data(args: argparse.Namespace) -> list[tuple[str, str]]:
     """The flags for a user's own data, as gin bindings."""
     bindings = []
-    for flag, macro in USER_DATA_FLAGS.items():
+    for flag, macro in USER_DATA.items():
         value = getattr(args, flag, None)
         if value is not None:
             bindings.append((macro, repr(_listed(value)) if flag == "labels" else repr(value)))

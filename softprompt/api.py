@@ -328,9 +328,8 @@ def _tuning(
         [examples], [1.0], batch_size, seed, slots, backbone.mesh, microbatches, pack_length,
         length_buckets, 0 if label_ids is None else label_ids.shape[1],
     )  # fmt: skip
-    packed: dict[str, int] = {}
     if pack_length:
-        pack_length, packed = batches.length, {"packed_rows": batches.shape[0]}
+        pack_length = batches.length
 
     run_evaluation, judged_by = None, None
     if validation_data is not None:
@@ -365,7 +364,7 @@ def _tuning(
             **about,
             "batch_size": batch_size,
             "pack_length": pack_length,
-            **packed,
+            "packed_rows": batches.shape[0] if pack_length else None,
             "length_buckets": length_buckets,
             "task_feature_lengths": dict(lengths),
             "examples": data.fingerprint([examples]),

@@ -272,7 +272,6 @@ def train(
             f"BATCH_SIZE {given} is rounded up to {batch_size} rows: as many for each of "
             f"{devices.shape['data']} data partitions x {microbatches} microbatches"
         )
-    packed: dict[str, int] = {}
     if stream:
         own = partition.local_rows(devices, batch_size)
         batches = data.stream_batches(
@@ -297,8 +296,6 @@ def train(
         )  # fmt: skip
         if pack_length:
             pack_length = batches.length
-            # Rounded up for the mesh and the microbatches: what a batch holds depends on it.
-            packed = {"packed_rows": batches.shape[0]}
         held_out = [
             shared(evaluation.from_task, task, eval_split, task_feature_lengths, vocabulary)
             for task, _ in tasks
@@ -341,14 +338,15 @@ def train(
         **about,
         "batch_size": batch_size,
         "pack_length": pack_length,
-        **packed,
+        # Rounded up for the mesh and the microbatches: what a batch holds depends on it.
+        "packed_rows": batches.shape[0] if pack_length else None,
         "length_buckets": length_buckets,
         "trainable": list(trainable),
         "frozen": list(frozen),
         "task_feature_lengths": dict(task_feature_lengths),
         # Text that is streamed is known by its task alone.
         "examples": None if stream else data.fingerprint(parts),
-        **({"rates": rates} if len(rates) > 1 else {}),
+        "rates": rates if len(rates) > 1 else None,
         "labels": class_labels,
         "eval_split": eval_split,
         "eval_mode": eval_mode,
@@ -361,7 +359,7 @@ def train(
         | config.bindings("prompt")
         | config.bindings("similarity"),
         # Else what the backbone's weights tell.
-        **({"dtype": dtype} if weights == "int8" else {}),
+        "dtype": dtype if weights == "int8" else None,
     }
     training.check_resumable(folder, identity, train_steps)
     task_labels = {task.name: own for (task, _), own in zip(tasks, class_labels, strict=True)}

@@ -22,6 +22,7 @@ from softprompt import (
     formats,
     packing,
     partition,
+    prompt,
     prompted,
     t5_config,
     train,
@@ -30,7 +31,7 @@ from softprompt import (
 )
 from softprompt.prompted import PromptedT5
 from softprompt.reparameterise import Mlp
-from softprompt.settings import check_counts, check_numbers, check_patterns, check_settings
+from softprompt.settings import check_numbers, check_patterns, check_settings
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 # Code is generated without optimisation: it plays no part in what memory the program needs.
@@ -366,18 +367,9 @@ def of_settings(settings: Mapping[str, Any], mesh: jax.sharding.Mesh, labels: in
         label_length=label_length,
         trainable=tuple(settings["trainable"]),
         frozen=tuple(settings["frozen"]),
-        depth=_depth(settings["prompt_depth"], cfg),
+        depth=prompt.layers_read(settings["prompt_depth"], cfg),
         reparameterisation=settings["reparameterisation"],
     )
-
-
-def _depth(depth: int | str, cfg: t5_config.T5Config) -> int:
-    layers = cfg.num_encoder_layers
-    depth = layers if depth == "all" else depth
-    check_counts(PROMPT_DEPTH=(depth, 1))
-    if depth > layers:
-        raise ValueError(f"PROMPT_DEPTH is {depth}, the backbone has {layers} encoder layers")
-    return depth
 
 
 def report(run: Run, found: Need, limit: int | None) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 from softprompt import partition, tree
 from softprompt.formats import prompts
 from softprompt.prompted import DEEP, PROMPT, PromptedT5, slots
+from softprompt.t5_config import T5Config
 from softprompt.vocabulary import Vocabulary
 
 # Lester et al. 2021, section 3.2: sampled from "the 5,000 most common tokens", which are the first
@@ -132,6 +133,18 @@ def file(
     return prompt
 
 
+def layers_read(depth: int | str, cfg: T5Config) -> int:
+    """D, the encoder layers that read the prompt anew; 'all' is every one."""
+    layers = cfg.num_encoder_layers
+    depth = layers if depth == "all" else depth
+    if not isinstance(depth, int) or isinstance(depth, bool) or not 1 <= depth <= layers:
+        raise ValueError(
+            f"PROMPT_DEPTH is {depth!r}, expected 'all' or from 1 to the backbone's {layers} "
+            f"encoder layers"
+        )
+    return depth
+
+
 def deep_rows(backbone: Any, array: np.ndarray, depth: int | str) -> np.ndarray | None:
     """Initial rows `[D - 1, P, H]` of the layers that a deep prompt reaches beyond the input.
 
@@ -140,15 +153,9 @@ def deep_rows(backbone: Any, array: np.ndarray, depth: int | str) -> np.ndarray 
 
     Args:
       backbone: a `backbone.Backbone`.
-      depth: D, the encoder layers that read the prompt anew; 1 gives None, 'all' is every one.
+      depth: as in `layers_read`; 1 gives None.
     """
-    layers = backbone.cfg.num_encoder_layers
-    depth = layers if depth == "all" else depth
-    if not isinstance(depth, int) or isinstance(depth, bool) or not 1 <= depth <= layers:
-        raise ValueError(
-            f"PROMPT_DEPTH is {depth!r}, expected 'all' or from 1 to the backbone's {layers} "
-            f"encoder layers"
-        )
+    depth = layers_read(depth, backbone.cfg)
     if depth == 1:
         return None
     module = PromptedT5(backbone.cfg, len(array))

@@ -25,6 +25,17 @@ class UserData:
     labels: Sequence[str] | None = None
 
 
+# Its fields as gin's macros name them, and as flags of the command line are called.
+USER_DATA = {
+    "train_file": "TRAIN_FILE",
+    "validation_file": "VALIDATION_FILE",
+    "test_file": "TEST_FILE",
+    "template": "TEXT_TEMPLATE",
+    "target": "TARGET_FIELD",
+    "labels": "LABELS",
+}
+
+
 def check_settings(dtype: str, lengths: Mapping[str, int], **counts: tuple[Any, int]) -> None:
     """Raises where a type, a feature length or a count `NAME=(value, least)` makes no sense."""
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -120,9 +131,8 @@ def load_tasks(name: str, modules: str | Sequence[str] | None, user: UserData | 
             target=user.target,
             labels=labels,
         )
-    elif user != UserData() and user is not None:
-        names = {"template": "TEXT_TEMPLATE", "target": "TARGET_FIELD", "labels": "LABELS"}
-        given = [own for k, own in names.items() if getattr(user, k) != getattr(UserData(), k)]
+    elif user not in (None, UserData()):
+        given = [own for k, own in USER_DATA.items() if getattr(user, k) != getattr(UserData, k)]
         raise ValueError(
             f"{', '.join(given)}: these say how to read files of your own, and none is given; the "
             f"task {name!r} has its own text and labels"

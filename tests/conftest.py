@@ -28,7 +28,7 @@ TINY = t5_config.T5Config(**{**golden.SIZES, "vocab_size": 8192})
 
 def pytest_configure(config):
     """What one test compiles is there for all others, other processes' too, until the run ends."""
-    if "SOFTPROMPT_CACHE_DIR" not in os.environ:
+    if not hasattr(config, "workerinput"):  # Workers have the variables of who starts them.
         folder = tempfile.mkdtemp(prefix="softprompt_tests_")
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
         os.environ["SOFTPROMPT_CACHE_DIR"] = folder
