@@ -97,13 +97,13 @@ def _import_tensorflow() -> None:
 
 
 def _use_compilation_cache() -> None:
-    """Compiled programs are kept between runs, in SOFTPROMPT_CACHE_DIR or the user's cache."""
+    """Compiled programs are kept between runs."""
     import jax
 
+    from softprompt import checkpoint
+
     if not jax.config.jax_compilation_cache_dir:
-        default = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-        folder = os.environ.get("SOFTPROMPT_CACHE_DIR", str(default / "softprompt"))
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(folder) / "jax"))
+        jax.config.update("jax_compilation_cache_dir", str(checkpoint.cache_folder() / "jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
@@ -283,7 +283,7 @@ def _dry_run(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> int:
     config.parse(args.gin_file, bindings, search_paths, optional=NOT_FOR_DRY_RUNS)
     settings = config.arguments(launch.train)
     labels = 0
-    if settings["loss"] == launch.evaluation.LABELS:
+    if settings["loss"] == launch.eval_task.LABELS:
         _import_tensorflow()
         labels = launch.label_count(settings)
     with config.errors():

@@ -142,6 +142,12 @@ def _parse(path: str, texts: Mapping[str, str]) -> dict[str, Any]:
     return metadata
 
 
+def cache_folder() -> pathlib.Path:
+    """Where what can be made again is kept: SOFTPROMPT_CACHE_DIR or the user's cache."""
+    default = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "softprompt"
+    return pathlib.Path(os.environ.get("SOFTPROMPT_CACHE_DIR", default))
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 

@@ -15,6 +15,7 @@ import safetensors
 from safetensors import numpy as safetensors_numpy
 
 from softprompt import checkpoint
+from softprompt.formats import tokenizer
 from softprompt.formats.stored import Stored
 from softprompt.t5_config import T5Config
 from softprompt.vocabulary import (
@@ -115,7 +116,7 @@ def download(name: str) -> pathlib.Path:
             f"model of the Hugging Face hub, install huggingface_hub (pip install huggingface_hub)"
         ) from None
     wanted = ["config.json", "*.safetensors", INDEX_FILE, "spiece.model", "tokenizer_config.json",
-              "added_tokens.json"]  # fmt: skip
+              "added_tokens.json", tokenizer.FILE]  # fmt: skip
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
     except Exception as error:
@@ -292,19 +293,24 @@ def open_stored(
 def _vocabulary(folder: pathlib.Path, given: str | os.PathLike | None) -> AnyVocabulary | None:
     if given is not None:
         return open_vocabulary(given)
-    if (folder / VOCABULARY_FILE).is_file():
-        vocabulary = open_vocabulary(folder / VOCABULARY_FILE)
-        if added := _added_tokens(folder, vocabulary.size):
-            raise ValueError(
-                f"{str(folder)!r}: its tokenizer has {', '.join(map(repr, added[:8]))} beyond the "
-                f"pieces of {VOCABULARY_FILE}, which texts would lack here; to go without, name "
-                f"{str(folder / VOCABULARY_FILE)!r} as VOCABULARY_FILE"
-            )
-        return vocabulary
-    for file in (folder / "tokenizer_config.json", folder / "config.json"):
-        if file.is_file() and checkpoint.read_object(file).get("tokenizer_class") == BYT5:
-            return ByteVocabulary()
-    return None
+    file: pathlib.Path | None = folder / VOCABULARY_FILE
+    if not file.is_file():
+        for about in (folder / "tokenizer_config.json", folder / "config.json"):
+            if about.is_file() and checkpoint.read_object(about).get("tokenizer_class") == BYT5:
+                return ByteVocabulary()
+        if not (folder / tokenizer.FILE).is_file():
+            return None
+        file = tokenizer.sentencepiece_file(folder / tokenizer.FILE)
+        if file is None:
+            return None
+    vocabulary = open_vocabulary(file)
+    if added := _added_tokens(folder, vocabulary.size):
+        raise ValueError(
+            f"{str(folder)!r}: its tokenizer has {', '.join(map(repr, added[:8]))} beyond the "
+            f"pieces of its SentencePiece model, which texts would lack here; to go without, name "
+            f"{str(file)!r} as VOCABULARY_FILE"
+        )
+    return vocabulary
 
 
 def _added_tokens(folder: pathlib.Path, size: int) -> list[str]:
@@ -313,6 +319,8 @@ def _added_tokens(folder: pathlib.Path, size: int) -> list[str]:
     Sentinels are not among them.
     """
     added: dict[str, Any] = {}
+    if (folder / tokenizer.FILE).is_file():
+        added |= tokenizer.added_tokens(checkpoint.read_object(folder / tokenizer.FILE))
     if (folder / "added_tokens.json").is_file():
         added |= checkpoint.read_object(folder / "added_tokens.json")
     if (folder / "tokenizer_config.json").is_file():
@@ -387,12 +395,12 @@ def save(folder: str | os.PathLike, source: Stored, dtype: str | None = None) ->
         "torch_dtype": types.pop() if len(types) == 1 else "float32",
     }
     if isinstance(source.vocabulary, ByteVocabulary):
-        tokenizer = {"tokenizer_class": BYT5, "extra_ids": ByteVocabulary.extra_ids}
+        about = {"tokenizer_class": BYT5, "extra_ids": ByteVocabulary.extra_ids}
     else:
-        tokenizer = {"tokenizer_class": "T5Tokenizer", "extra_ids": 100, "legacy": True}
+        about = {"tokenizer_class": "T5Tokenizer", "extra_ids": 100, "legacy": True}
         if source.vocabulary is not None:
             content = pathlib.Path(source.vocabulary.path).read_bytes()
             checkpoint.write_atomically(folder / VOCABULARY_FILE, content)
-            tokenizer["extra_ids"] = source.vocabulary.extra_ids
-    for file, content in (("config.json", config), ("tokenizer_config.json", tokenizer)):
+            about["extra_ids"] = source.vocabulary.extra_ids
+    for file, content in (("config.json", config), ("tokenizer_config.json", about)):
         checkpoint.write_atomically(folder / file, json.dumps(content, indent=2).encode())
