@@ -26,6 +26,7 @@ from softprompt import backbone as backbones
 from softprompt import (
     banks,
     data,
+    eval_task,
     evaluation,
     inputs,
     optim,
@@ -129,7 +130,7 @@ def read_pairs(
 
 def _examples(
     source: Data, split: str, backbone: Backbone, lengths: Mapping[str, int], labels
-) -> tuple[data.Examples, evaluation.EvalTask]:
+) -> tuple[data.Examples, eval_task.EvalTask]:
     """Examples and their judge, from pairs or from a seqio task's name."""
     vocabulary = _vocabulary(backbone)
     if isinstance(source, str | os.PathLike):
@@ -139,7 +140,7 @@ def _examples(
         tasks = data.get_tasks(str(source))
         if len(tasks) > 1:
             raise ValueError(f"{source!r} is a mixture; name one of its tasks")
-        task = evaluation.from_task(tasks[0][0], split, lengths, vocabulary)
+        task = eval_task.from_task(tasks[0][0], split, lengths, vocabulary)
         task = dataclasses.replace(task, labels=labels or task.labels)
         return task.examples, task
     pairs = list(source)
@@ -150,7 +151,7 @@ def _examples(
     for _, target in pairs:
         if labels is not None and target not in labels:
             raise ValueError(f"{split}: the target {target!r} is not among the labels {labels}")
-    return examples, evaluation.from_pairs(examples, labels)
+    return examples, eval_task.from_pairs(examples, labels)
 
 
 def _vocabulary(backbone: Backbone):
@@ -320,8 +321,8 @@ def _tuning(
     source = prompts.Source(backbone.embedding(), backbone.vocabulary, labels, backbone)
     initial = init(jax.random.key(seed), prompt_length, source)
     deep = prompts.deep_rows(backbone, initial, prompt_depth)
-    loss = loss or (evaluation.LABELS if labels else evaluation.TOKENS)
-    label_ids = evaluation.training_labels(loss, [examples], [labels], backbone.vocabulary)
+    loss = loss or (eval_task.LABELS if labels else eval_task.TOKENS)
+    label_ids = eval_task.training_labels(loss, [examples], [labels], backbone.vocabulary)
     slots = prompted.slots(backbone.cfg.vocab_size, prompt_length)
     batch_size = train_step.rows_for(batch_size, backbone.mesh, microbatches)
     batches = inputs.batches(
@@ -575,7 +576,7 @@ def ensemble(
         raise ValueError("an ensemble needs a list of one or more prompts")
     labels = None if labels is None else _label_list(labels)
     lengths = {**LENGTHS, "targets": max_tokens}
-    task = evaluation.EvalTask(_texts(backbone, texts, lengths), labels, lambda _: {})
+    task = eval_task.EvalTask(_texts(backbone, texts, lengths), labels, lambda _: {})
     bank = _banked(backbone, _numbered(prompt))
     predictor = _predictor(backbone, bank.lengths, labels, lengths, batch_size, prefix=bank.prefix)
     return voting.collect(predictor, bank.flat, task)

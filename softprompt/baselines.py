@@ -16,7 +16,7 @@ import numpy as np
 
 from softprompt import data, lengths, tree
 from softprompt.backbone import Backbone
-from softprompt.evaluation import EvalTask, target_text
+from softprompt.eval_task import EvalTask, target_text
 from softprompt.prompted import PromptedT5
 from softprompt.vocabulary import EOS_ID
 

@@ -5,7 +5,7 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,142 +14,12 @@ import numpy as np
 
 from softprompt import checkpoint, data, decode, lengths, losses, partition, tree
 from softprompt.backbone import Backbone
+from softprompt.eval_task import EvalTask, Figures, encode_labels, plain
 from softprompt.logbook import track
 from softprompt.prompted import PromptedT5, bank_slots
-from softprompt.vocabulary import EOS_ID, Vocabulary
 
 GENERATE = "generate"
 RANK = "rank"
-TOKENS = "tokens"
-LABELS = "labels"
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalTask:
-    """What is evaluated on: examples, and how predicted strings become figures.
-
-    Attributes:
-      examples: tokenised, with their records.
-      labels: the label strings, index = class id, or None where any text may be the answer.
-      judge: predicted strings, in the examples' order, to figures.
-    """
-
-    examples: data.Examples
-    labels: Sequence[str] | None
-    judge: Callable[[list[str]], dict[str, float]]
-
-    @property
-    def name(self) -> str:
-        return self.examples.name
-
-
-def from_task(
-    task: Any, split: str, feature_lengths: Mapping[str, int], vocabulary: Vocabulary
-) -> EvalTask:
-    """A seqio task's split with its postprocessor and metric functions."""
-    examples = data.from_task(task, split, feature_lengths)
-    targets = [
-        task.postprocess_fn(target_text(record, vocabulary), example=record, is_target=True)
-        for record in examples.records
-    ]
-
-    def judge(predictions: list[str]) -> dict[str, float]:
-        answers = [
-            task.postprocess_fn(text, example=record, is_target=False)
-            for text, record in zip(predictions, examples.records, strict=True)
-        ]
-        figures: dict[str, float] = {}
-        for metric_fn in task.predict_metric_fns:
-            found = metric_fn(targets, answers)
-            figures |= {k: float(getattr(v, "value", v)) for k, v in found.items()}
-        return figures
-
-    return EvalTask(examples, label_classes(task), judge)
-
-
-def target_text(record: Mapping[str, Any], vocabulary: Vocabulary) -> str:
-    """The target as the task wrote it: a vocabulary may lack some of its characters."""
-    text = record.get("targets_pretokenized")
-    return vocabulary.decode(record["targets"]) if text is None else plain(text)
-
-
-def label_classes(task: Any) -> list[str] | None:
-    """The label strings of a seqio task, which its postprocessor carries (None: free text)."""
-    keywords = getattr(task.postprocessor, "keywords", None) or {}
-    labels = keywords.get("label_classes")
-    return None if labels is None else list(labels)
-
-
-def from_pairs(examples: data.Examples, labels: Sequence[str] | None) -> EvalTask:
-    """(text, target) examples, judged by accuracy in per cent and by outputs that are no label."""
-    targets = [record["targets_pretokenized"] for record in examples.records]
-
-    def judge(predictions: list[str]) -> dict[str, float]:
-        hits = [p == t for p, t in zip(predictions, targets, strict=True)]
-        figures = {"accuracy": 100 * float(np.mean(hits))}
-        if labels is not None:
-            figures["illegal"] = float(sum(p not in labels for p in predictions))
-        return figures
-
-    return EvalTask(examples, labels, judge)
-
-
-def encode_labels(
-    labels: Sequence[str], vocabulary: Vocabulary, prefix: Sequence[int] = ()
-) -> np.ndarray:
-    """Label ids `[C, L]` behind `prefix` and with EOS, padded with 0.
-
-    Labels with the same ids, or none at all, are an error.
-    """
-    rows = [np.array([*prefix, *vocabulary.encode(text), EOS_ID], np.int32) for text in labels]
-    seen: dict[tuple[int, ...], str] = {}
-    for text, ids in zip(labels, rows, strict=True):
-        if len(ids) == len(prefix) + 1:
-            raise ValueError(f"the label {text!r} has no tokens, expected a text")
-        key = tuple(ids.tolist())
-        if key in seen:
-            raise ValueError(f"the labels {seen[key]!r} and {text!r} have the same tokens")
-        seen[key] = text
-    return data.pad(rows, len(rows), max(map(len, rows)))
-
-
-def training_labels(
-    loss: str,
-    parts: Sequence[data.Examples],
-    labels: Sequence[Sequence[str] | None],
-    vocabulary: Vocabulary,
-    prefix: Sequence[int] = (),
-) -> np.ndarray | None:
-    """Label ids `[C, L]` to train `parts` by, or None for the loss 'tokens'.
-
-    Args:
-      loss: 'tokens' (of the target text) or 'labels' (the right label among the labels).
-      labels: those of each of `parts`. For the loss 'labels' they must be the same everywhere, and
-        every target must be one of them.
-      prefix: ids before every target.
-    """
-    if loss not in (TOKENS, LABELS):
-        raise ValueError(f"LOSS is {loss!r}, expected {TOKENS!r} or {LABELS!r}")
-    if loss == TOKENS:
-        return None
-    for part, own in zip(parts, labels, strict=True):
-        if own is None:
-            raise ValueError(f"LOSS is {LABELS!r}, but {part.name} has no labels")
-        if list(own) != list(labels[0]):
-            raise ValueError(
-                f"LOSS is {LABELS!r}, but {parts[0].name} has the labels {list(labels[0])} and "
-                f"{part.name} {list(own)}"
-            )
-    ids = encode_labels(labels[0], vocabulary, prefix)
-    known = {tuple(row[row > 0].tolist()) for row in ids}
-    for part in parts:
-        for i, target in enumerate(part.targets):
-            if tuple(target.tolist()) not in known:
-                raise ValueError(
-                    f"{part.name}: target {i} is {vocabulary.decode(target)!r}, expected one of "
-                    f"the labels {list(labels[0])}"
-                )
-    return ids
 
 
 class Predictor:
@@ -235,7 +105,7 @@ class Predictor:
         self._score = jit(
             lambda flat, ids, labels: decode.score_labels(module, tree.unflatten(flat), ids, labels)
         )
-        self._loss = jit(functools.partial(_token_loss, module))
+        self._losses = jit(functools.partial(_row_losses, module))
         self._rows = partition.batch_sharding(backbone.mesh)
 
     def _batches(self, examples: data.Examples, which: Sequence[int] | None = None):
@@ -333,8 +203,17 @@ class Predictor:
         """Mean cross-entropy in nats per target token."""
         total = np.zeros(2)
         for _, batch in self._batches(examples):
-            total += np.asarray(self._loss(flat, batch))
+            total += np.asarray(self._losses(flat, batch), np.float64).sum(-1)
         return float(total[0] / total[1])
+
+    def score_targets(self, flat: tree.Flat, examples: data.Examples) -> np.ndarray:
+        """Log-likelihood `[examples]` of each example's own target, in nats."""
+        prefix = np.array(self.prefix, np.int32)
+        targets = [np.concatenate([prefix, ids]) for ids in examples.targets]
+        scores = np.zeros(len(examples), np.float32)
+        for indices, batch in self._batches(dataclasses.replace(examples, targets=targets)):
+            scores[indices] = -np.asarray(self._losses(flat, batch))[0, : len(indices)]
+        return scores
 
     def predict(self, flat: tree.Flat, task: EvalTask) -> tuple[list[str], np.ndarray | None]:
         """Predicted strings, and label scores where labels were ranked.
@@ -383,22 +262,35 @@ class Predictor:
         return [spelled.get(text, text) for text in texts]
 
 
-def _token_loss(module: PromptedT5, flat: tree.Flat, batch) -> jax.Array:
+def _row_losses(module: PromptedT5, flat: tree.Flat, batch) -> jax.Array:
+    """Cross-entropy and number of target tokens of each row, `[2, B]`."""
     decoder_ids = losses.shift_right(batch["targets"])
     logits = module.apply({"params": tree.unflatten(flat)}, batch["encoder_ids"], decoder_ids)
-    return jnp.stack(losses.cross_entropy(logits, batch["targets"]))
+    rows = jax.vmap(losses.cross_entropy)(logits, batch["targets"])
+    return jnp.stack(rows)
 
 
-def check_metric(name: str | None, tasks: Sequence[EvalTask]) -> None:
-    """Raises unless `name` (perhaps with a "-" before it) is a figure that `tasks` give."""
-    if name is None or not tasks:
-        return
-    known = []
-    for task in tasks:
-        prefix = f"{task.name}/" if len(tasks) > 1 else ""
-        known += [prefix + figure for figure in task.judge([""] * len(task.examples))]
-    if name.lstrip("-") not in known:
-        raise ValueError(f"BEST_METRIC {name!r} is not among the figures {', '.join(known)}")
+def outputs(
+    predictor: Predictor, flat: tree.Flat, task: EvalTask
+) -> tuple[Figures, dict[str, list[Any]]]:
+    """Figures of what a model gives for a task, and that itself: for each example a value.
+
+    Strings are predicted, and targets scored, where the task's metrics judge them.
+    """
+    figures, columns = {}, {}
+    if task.judge is not None:
+        columns["prediction"], scores = predictor.predict(flat, task)
+        figures |= task.figures(columns["prediction"])
+        if scores is not None:
+            columns["scores"] = [
+                {label: round(float(s), 4) for label, s in zip(task.labels, row, strict=True)}
+                for row in scores
+            ]
+    if task.judge_scores is not None:
+        scores = predictor.score_targets(flat, task.examples)
+        columns["target_score"] = [round(float(s), 4) for s in scores]
+        figures |= task.judge_scores(scores)
+    return figures, columns
 
 
 def evaluate(
@@ -407,60 +299,34 @@ def evaluate(
     tasks: Sequence[EvalTask],
     folder: str | os.PathLike | None = None,
     step: int | None = None,
-) -> dict[str, float]:
+) -> Figures:
     """Figures of all tasks, named `metric` for one task and `task/metric` for several.
 
     With `folder`, predictions are written to `<folder>/predictions/<task>[-<step>].jsonl`.
     """
     figures = {}
     for task in tasks:
-        predictions, scores = predictor.predict(flat, task)
-        figures |= judged(task, predictions, len(tasks) > 1)
+        found, columns = outputs(predictor, flat, task)
+        figures |= task.named(found, len(tasks) > 1)
         if folder is not None:
             suffix = "" if step is None else f"-{step}"
             path = pathlib.Path(folder) / "predictions" / f"{task.name}{suffix}.jsonl"
-            write_predictions(path, task, predictions, scores)
+            write_predictions(path, task, columns)
     return figures
 
 
-def judged(task: EvalTask, predictions: Sequence[str], several: bool) -> dict[str, float]:
-    """The task's figures of these predictions, its name before each where it is one of several."""
-    prefix = f"{task.name}/" if several else ""
-    return {prefix + name: value for name, value in task.judge(list(predictions)).items()}
-
-
 def write_predictions(
-    path: str | os.PathLike,
-    task: EvalTask,
-    predictions: Sequence[str],
-    scores: np.ndarray | None,
+    path: str | os.PathLike, task: EvalTask, columns: Mapping[str, Sequence[Any]]
 ) -> None:
-    """One JSON object per example: input, target, prediction, and label scores if there are any."""
+    """One JSON object per example: its input and target, and of each column its value."""
     lines = []
-    for i, (record, prediction) in enumerate(zip(task.examples.records, predictions, strict=True)):
+    for i, record in enumerate(task.examples.records):
         row = {
             "input": plain(record.get("inputs_pretokenized", "")),
             "target": plain(record.get("targets_pretokenized", "")),
-            "prediction": prediction,
         }
         if "idx" in record:
             row["idx"] = plain(record["idx"])
-        if scores is not None:
-            row["scores"] = {
-                label: round(float(s), 4) for label, s in zip(task.labels, scores[i], strict=True)
-            }
+        row |= {name: values[i] for name, values in columns.items()}
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     checkpoint.write_atomically(path, "".join(lines).encode())
-
-
-def plain(value: Any) -> Any:
-    """A record's field as JSON can hold it."""
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "replace")
-    if isinstance(value, np.generic):
-        return plain(value.item())
-    if isinstance(value, np.ndarray):
-        return [plain(x) for x in value.tolist()] if value.ndim else plain(value.item())
-    if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
-    return value

@@ -21,6 +21,7 @@ from softprompt import (
     config,
     cooccurrence,
     data,
+    eval_task,
     evaluation,
     hosts,
     inputs,
@@ -134,7 +135,7 @@ def train(
     seed: int = 0,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
-    loss: str = evaluation.TOKENS,
+    loss: str = eval_task.TOKENS,
     target_sentinel: bool = False,
     backbone_name: str | None = None,
     backbone_dtype: str = "float32",
@@ -228,10 +229,10 @@ def train(
         raise ValueError(
             f"PATIENCE is {patience}, but nothing is evaluated before the end: EVAL_PERIOD is 0"
         )
-    if loss == evaluation.LABELS and (z_loss or label_smoothing):
+    if loss == eval_task.LABELS and (z_loss or label_smoothing):
         raise ValueError(
             f"Z_LOSS is {z_loss} and LABEL_SMOOTHING is {label_smoothing}, expected 0 for LOSS "
-            f"{loss!r}: they belong to {evaluation.TOKENS!r}"
+            f"{loss!r}: they belong to {eval_task.TOKENS!r}"
         )
     if stream and prompt_length:
         raise ValueError(
@@ -258,7 +259,7 @@ def train(
         pretraining.use_corpus(text_corpus)
     tasks = shared(load_tasks, mixture_or_task_name, mixture_or_task_module, user_data)
     rates = [rate for _, rate in tasks]
-    class_labels = [evaluation.label_classes(task) for task, _ in tasks]
+    class_labels = [eval_task.label_classes(task) for task, _ in tasks]
     initial = deep = None
     origin: dict[str, Any] = {"initialisation": None}
     if prompt_length:
@@ -281,14 +282,14 @@ def train(
             data.first_examples(task, eval_split, task_feature_lengths, eval_examples or 256)
             for task, _ in tasks
         ]
-        label_ids = evaluation.training_labels(loss, parts, class_labels, vocabulary, prefix)
+        label_ids = eval_task.training_labels(loss, parts, class_labels, vocabulary, prefix)
     else:
         parts = [shared(data.from_task, task, "train", task_feature_lengths) for task, _ in tasks]
         parts = [data.prefix_targets(part, prefix) for part in parts]
         for part in parts:
             if message := data.cut_message(part, task_feature_lengths):
                 say(message)
-        label_ids = evaluation.training_labels(loss, parts, class_labels, vocabulary, prefix)
+        label_ids = eval_task.training_labels(loss, parts, class_labels, vocabulary, prefix)
         slots = prompted.slots(backbone.cfg.vocab_size, prompt_length)
         batches = inputs.batches(
             parts, rates, batch_size, seed, slots, devices, microbatches,
@@ -297,12 +298,12 @@ def train(
         if pack_length:
             pack_length = batches.length
         held_out = [
-            shared(evaluation.from_task, task, eval_split, task_feature_lengths, vocabulary)
+            shared(eval_task.from_task, task, eval_split, task_feature_lengths, vocabulary)
             for task, _ in tasks
             if eval_split in task.splits
         ]
         _check_split(eval_split, [task for task, _ in tasks])
-        evaluation.check_metric(best_metric, held_out)
+        eval_task.check_metric(best_metric, held_out)
     # Nothing is sampled: the predictor needs no seed.
     predictor = shared(
         evaluation.Predictor,
@@ -499,7 +500,7 @@ def label_count(settings: Mapping[str, Any]) -> int:
         settings["mixture_or_task_module"],
         settings["user_data"],
     )
-    counts = [len(evaluation.label_classes(task) or ()) for task, _ in tasks]
+    counts = [len(eval_task.label_classes(task) or ()) for task, _ in tasks]
     if not min(counts):
         raise ValueError(f"the task {settings['mixture_or_task_name']!r} has no labels")
     return max(counts)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from softprompt import config, evaluation, launch, memory
+from softprompt import config, eval_task, launch, memory
 from softprompt import train as training
 
 # Steps that are timed, after the first, which compiles.
@@ -57,7 +57,7 @@ def of(group: Group) -> Cost:
         group.configure(folder)
         settings = config.arguments(launch.train)
         labels = 0
-        if settings["loss"] == evaluation.LABELS:
+        if settings["loss"] == eval_task.LABELS:
             labels = launch.label_count(settings)
         run = memory.of_settings(settings, settings["mesh"](), labels)
         found = memory.need(run.but(rows=run.rows * group.together))

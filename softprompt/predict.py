@@ -18,6 +18,7 @@ from softprompt import (
     baselines,
     checkpoint,
     data,
+    eval_task,
     evaluation,
     lengths,
     partition,
@@ -100,7 +101,7 @@ def eval(
     read = banks.read(backbone, files, ignore_fingerprint, deep=not together)
     flat, length = banks.together(backbone, read) if together else banks.alone(backbone, read[0])
     tasks = [
-        evaluation.from_task(source, split, task_feature_lengths, vocabulary) for source in sources
+        eval_task.from_task(source, split, task_feature_lengths, vocabulary) for source in sources
     ]
     if beams > 1 and eval_mode == evaluation.RANK and None not in [task.labels for task in tasks]:
         raise ValueError(f"BEAMS is {beams}, but EVAL_MODE 'rank' ranks labels: leave out one")
@@ -114,7 +115,7 @@ def eval(
     )  # fmt: skip
     if together:
         for task in tasks:
-            evaluation.check_metric(best_metric, [task])
+            eval_task.check_metric(best_metric, [task])
         alone = [banks.alone(backbone, one) for one in read] if measure_cost else []
         return _ensemble(
             mixture_or_task_name, predictor, flat, tasks, files, best_metric, split,
@@ -130,7 +131,7 @@ def _ensemble(
     name: str,
     predictor: evaluation.Predictor,
     flat: tree.Flat,
-    tasks: Sequence[evaluation.EvalTask],
+    tasks: Sequence[eval_task.EvalTask],
     files: Sequence[str],
     best_metric: str | None,
     split: str,
@@ -211,8 +212,7 @@ def baseline(
     figures: dict[str, float] = {}
     counts: list[int] = []
     for source in sources:
-        task = evaluation.from_task(source, split, task_feature_lengths, vocabulary)
-        scores = None
+        task = eval_task.from_task(source, split, task_feature_lengths, vocabulary)
         if method in ("none", "priming"):
             if method == "priming":
                 train_set = data.from_task(source, "train", task_feature_lengths)
@@ -225,7 +225,7 @@ def baseline(
                         wanted = f"all {shots} shots" if what == "shots" else f"the {what}"
                         say(f"{task.name}: {n} of {len(primed)} inputs have no room for {wanted}")
                 task = dataclasses.replace(task, examples=primed)
-            predictions, scores = predictor.predict(backbone.params, task)
+            found, columns = evaluation.outputs(predictor, backbone.params, task)
         else:
             train_set = data.from_task(source, "train", task_feature_lengths)
             if method == "majority":
@@ -233,11 +233,12 @@ def baseline(
             else:
                 predictions, count = baselines.probe(backbone, train_set, task, seed)
                 counts.append(count)
-        figures |= evaluation.judged(task, predictions, len(sources) > 1)
+            found, columns = task.figures(predictions), {"prediction": predictions}
+        figures |= task.named(found, len(sources) > 1)
         if eval_output_dir is not None:
             path = pathlib.Path(eval_output_dir) / "predictions" / f"{task.name}.jsonl"
-            evaluation.write_predictions(path, task, predictions, scores)
-    labels = {source.name: evaluation.label_classes(source) for source in sources}
+            evaluation.write_predictions(path, task, columns)
+    labels = {source.name: eval_task.label_classes(source) for source in sources}
     _report(
         mixture_or_task_name, split, figures, eval_output_dir, backbone, labels, method=method,
         trainable_parameters=sum(counts), parameters_per_task=max(counts, default=0),

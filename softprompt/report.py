@@ -275,12 +275,16 @@ def confidence(row: Mapping[str, Any]) -> float:
 
 def _of_task(found: Predictions, of: Run) -> Html:
     rows = found.rows
+    scored = bool(rows) and isinstance(rows[0], Mapping) and "prediction" not in rows[0]
+    given = "target_score" if scored else "prediction"
     for number, row in enumerate(rows, 1):
-        if not isinstance(row, Mapping) or not {"input", "target", "prediction"} <= set(row):
+        if not isinstance(row, Mapping) or not {"input", "target", given} <= set(row):
             raise checkpoint.CorruptFile(
                 f"predictions of {found.task} in {str(of.folder)!r}, line {number}: expected an "
                 f"object with input, target and prediction"
             )
+    if scored:
+        return _of_scores(found)
     wrong = [r for r in rows if r["prediction"] != r["target"]]
     right = [r for r in rows if r["prediction"] == r["target"]]
 
@@ -316,6 +320,19 @@ def _of_task(found: Predictions, of: Run) -> Html:
             listed = _rows(part[:most], ranked, found.labels, name)
             parts.append(page.details(f"{name} ({count})", listed))
     return page.join(*parts)
+
+
+def _of_scores(found: Predictions) -> Html:
+    """Of a task whose metrics judge the targets' scores: the least likely targets."""
+    rows = sorted(found.rows, key=lambda row: row["target_score"])
+    step = "" if found.step is None else f", step {found.step:,}"
+    cells = [[_cut(r["input"]), _cut(r["target"]), float(r["target_score"])] for r in rows[:WRONG]]
+    header = ["input", "target", "log-likelihood, nats"]
+    return page.join(
+        tag("p", f"{len(rows):,} examples{step}: nothing was predicted, the targets were scored."),
+        tag("h3", "The least likely targets"),
+        page.table(header, cells, "least likely targets", "texts"),
+    )
 
 
 def _rows(rows, ranked: bool, labels: Sequence[str] | None, title: str) -> Html:

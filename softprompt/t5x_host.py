@@ -24,7 +24,7 @@ from softprompt import (
     data,
     decode,
     dropout,
-    evaluation,
+    eval_task,
     formats,
     losses,
     optim,
@@ -196,7 +196,7 @@ class PromptedModel(models.BaseTransformerModel):
             return self._given
         stored, labels = self._stored(), None
         if self._task is not None:
-            labels = evaluation.label_classes(data.get_tasks(self._task)[0][0])
+            labels = eval_task.label_classes(data.get_tasks(self._task)[0][0])
         embedding = np.asarray(stored.read("token_embedder/embedding"), np.float32)
         source = prompt.Source(embedding, self._vocabulary, labels)
         return self._prompt_init(jax.random.key(self._seed), len(self._slots), source)

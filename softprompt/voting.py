@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from softprompt import checkpoint, evaluation, tree
-from softprompt.evaluation import EvalTask, Predictor
+from softprompt import checkpoint, eval_task, evaluation, tree
+from softprompt.eval_task import EvalTask
+from softprompt.evaluation import Predictor
 
 DIGITS = 4
 
@@ -110,13 +111,13 @@ def write_predictions(path: str | os.PathLike, task: EvalTask, votes: Votes) -> 
     lines = []
     for i, record in enumerate(task.examples.records):
         row = {
-            "input": evaluation.plain(record.get("inputs_pretokenized", "")),
-            "target": evaluation.plain(record.get("targets_pretokenized", "")),
+            "input": eval_task.plain(record.get("inputs_pretokenized", "")),
+            "target": eval_task.plain(record.get("targets_pretokenized", "")),
             "prediction": chosen[i],
             "agreement": round(float(agreement[i]), DIGITS),
         }
         if "idx" in record:
-            row["idx"] = evaluation.plain(record["idx"])
+            row["idx"] = eval_task.plain(record["idx"])
         if mean is not None:
             row["mean_probability"] = {
                 label: round(float(p), 6) for label, p in zip(votes.labels, mean[i], strict=True)
@@ -172,11 +173,11 @@ class Report:
 
 def report(names: Sequence[str], task: EvalTask, votes: Votes, choose) -> Report:
     """The figures of `votes`; `choose` makes of a prompt's figures the value to maximise."""
-    each = [task.judge(list(texts)) for texts in votes.texts]
+    each = [task.figures(texts) for texts in votes.texts]
     chosen = votes.majority()
     agreement = votes.agreement(chosen)
     whole = agreement == 1
-    targets = [evaluation.plain(r.get("targets_pretokenized", "")) for r in task.examples.records]
+    targets = [eval_task.plain(r.get("targets_pretokenized", "")) for r in task.examples.records]
     right = np.array([a == b for a, b in zip(chosen, targets, strict=True)])
 
     def share(hits: np.ndarray) -> float | None:
@@ -187,8 +188,8 @@ def report(names: Sequence[str], task: EvalTask, votes: Votes, choose) -> Report
         prompts=each,
         average={k: float(np.mean([figures[k] for figures in each])) for k in each[0]},
         best=int(np.argmax([choose(figures) for figures in each])),
-        ensemble=task.judge(chosen),
-        mean_probability=None if votes.labels is None else task.judge(votes.mean_probability()),
+        ensemble=task.figures(chosen),
+        mean_probability=None if votes.labels is None else task.figures(votes.mean_probability()),
         agreement=100 * float(agreement.mean()),
         unanimous=100 * float(whole.mean()),
         right_if_unanimous=share(right[whole]),

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from softprompt import baselines, data, evaluation
+from softprompt import baselines, data, eval_task
 from softprompt.__main__ import main
 from softprompt.vocabulary import EOS_ID
 
@@ -26,7 +26,7 @@ def asked(vocabulary):
 
 def test_majority_is_the_commonest_training_target(train, asked, pairs, vocabulary):
     more = data.from_pairs([*pairs, ("so so", "negative")], vocabulary, LENGTHS)
-    task = evaluation.from_pairs(asked, LABELS)
+    task = eval_task.from_pairs(asked, LABELS)
     assert baselines.majority(more, task, vocabulary) == ["negative"] * 2
     assert task.judge(baselines.majority(more, task, vocabulary))["accuracy"] == 50
 
@@ -105,7 +105,7 @@ def test_pooled_states_do_not_see_padding_or_batch_mates(tiny, train):
 
 
 def test_the_probe_learns_what_the_states_hold(embedded, train):
-    task = evaluation.from_pairs(train, LABELS)
+    task = eval_task.from_pairs(train, LABELS)
     found, count = baselines.probe(embedded, train, task)
     # Of two classes: a weight per state, and an intercept.
     assert count == embedded.cfg.emb_dim + 1
@@ -115,7 +115,7 @@ def test_the_probe_learns_what_the_states_hold(embedded, train):
     one = data.Examples("one", train.inputs[:2], train.targets[:2], train.records[:2], {})
     assert baselines.probe(embedded, one, task) == (["positive"] * 12, 0)
     with pytest.raises(ValueError, match="'probe' is for tasks with labels, reviews has none"):
-        baselines.probe(embedded, train, evaluation.from_pairs(train, None))
+        baselines.probe(embedded, train, eval_task.from_pairs(train, None))
 
 
 def test_the_command_reports_every_method(tiny_folder, tmp_path, capsys, pairs):

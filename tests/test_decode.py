@@ -12,7 +12,7 @@ import pytest
 from conftest import TINY
 
 from softprompt import backbone as backbones
-from softprompt import decode, evaluation, losses, partition, t5_layers, tree
+from softprompt import decode, eval_task, losses, partition, t5_layers, tree
 from softprompt.prompted import PromptedT5
 from softprompt.vocabulary import EOS_ID
 
@@ -158,4 +158,4 @@ def test_label_scores_equal_those_of_separate_passes(model):
 
 def test_labels_with_the_same_tokens_are_refused(vocabulary):
     with pytest.raises(ValueError, match="'yes' and 'yes ' have the same tokens"):
-        evaluation.encode_labels(["yes", "yes "], vocabulary)
+        eval_task.encode_labels(["yes", "yes "], vocabulary)

@@ -17,7 +17,7 @@ from test_train import LENGTHS, batches_of, fit, prompt_of
 from softprompt import backbone as backbones
 from softprompt import (
     data,
-    evaluation,
+    eval_task,
     int8,
     memory,
     optim,
@@ -236,7 +236,7 @@ def test_microbatches_give_the_gradient_of_the_whole_batch(tiny, pairs, kind):
     label_ids = None
     batch = packed_batch(tiny, pairs) if kind == "packed" else batch_of(tiny, pairs)
     if kind == "labels":
-        label_ids = evaluation.encode_labels(["positive", "negative"], tiny.vocabulary)
+        label_ids = eval_task.encode_labels(["positive", "negative"], tiny.vocabulary)
     if kind == "uneven":
         # Parts with different numbers of target tokens: one has none at all.
         batch = dict(batch, targets=batch["targets"] * np.array([[1], [0], [1], [0]]))

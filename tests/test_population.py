@@ -17,7 +17,7 @@ from softprompt import backbone as backbones
 from softprompt import (
     checkpoint,
     data,
-    evaluation,
+    eval_task,
     lengths,
     optim,
     partition,
@@ -57,7 +57,7 @@ def member(backbone, pairs, labels, name, loss="tokens", seed=0, length=5, rate=
         optimizer=optim.adafactor(schedule),
         prompt=start.astype(np.float32),
         seed=seed,
-        label_ids=evaluation.training_labels(loss, [examples], [labels], backbone.vocabulary),
+        label_ids=eval_task.training_labels(loss, [examples], [labels], backbone.vocabulary),
         **{"train_steps": 3, "log_period": 2, **settings},
     )
 

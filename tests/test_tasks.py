@@ -178,7 +178,7 @@ def test_a_benchmark_s_row_without_its_text_is_refused():
 
 
 def test_files_of_ones_own_become_a_seqio_task(tmp_path, vocabulary):
-    from softprompt import evaluation
+    from softprompt import eval_task
 
     path = tmp_path / "v.jsonl"
     path.write_text("".join(json.dumps({"q": f"n {i}", "y": i % 2}) + "\n" for i in range(4)))
@@ -186,7 +186,7 @@ def test_files_of_ones_own_become_a_seqio_task(tmp_path, vocabulary):
         "mine", validation_file=path, template="q: {q}", target="y", labels=["e", "o"]
     )
     [(task, rate)] = data.get_tasks("mine")
-    judged = evaluation.from_task(task, "validation", {"inputs": 16, "targets": 4}, vocabulary)
+    judged = eval_task.from_task(task, "validation", {"inputs": 16, "targets": 4}, vocabulary)
     assert rate == 1.0 and judged.labels == ["e", "o"]
     assert vocabulary.decode(judged.examples.inputs[1]) == "q: n 1"
     assert judged.judge(["e", "o", "o", "?"]) == {"accuracy": 50.0, "illegal": 1.0}
@@ -195,7 +195,7 @@ def test_files_of_ones_own_become_a_seqio_task(tmp_path, vocabulary):
 
 
 def test_a_label_beyond_the_vocabulary_is_still_itself(tmp_path, embedded, monkeypatch):
-    from softprompt import evaluation
+    from softprompt import eval_task, evaluation
 
     vocabulary = embedded.vocabulary
     labels = ["so", "not_so"]
@@ -204,7 +204,7 @@ def test_a_label_beyond_the_vocabulary_is_still_itself(tmp_path, embedded, monke
     path.write_text("".join(json.dumps({"q": f"n {i}", "y": i % 2}) + "\n" for i in range(4)))
     user.register_task("beyond", validation_file=path, template="q: {q}", target="y", labels=labels)
     [(task, _)] = data.get_tasks("beyond")
-    judged = evaluation.from_task(task, "validation", {"inputs": 16, "targets": 8}, vocabulary)
+    judged = eval_task.from_task(task, "validation", {"inputs": 16, "targets": 8}, vocabulary)
     assert judged.judge(["so", "not_so", "not_so", "?"]) == {"accuracy": 50.0, "illegal": 1.0}
     predictor = evaluation.Predictor(embedded, 0, evaluation.GENERATE, 4, 8)
     decoded = [vocabulary.decode(vocabulary.encode(x)) for x in ("not_so", "so", "neither", "so")]

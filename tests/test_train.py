@@ -20,6 +20,7 @@ from softprompt import backbone as backbones
 from softprompt import (
     checkpoint,
     data,
+    eval_task,
     evaluation,
     losses,
     optim,
@@ -131,9 +132,9 @@ def test_the_loss_among_labels_is_that_of_their_softmax(rng):
 
 
 def test_the_loss_among_labels_teaches_the_ranking(embedded, pairs):
-    ids = evaluation.encode_labels(["positive", "negative"], embedded.vocabulary)
+    ids = eval_task.encode_labels(["positive", "negative"], embedded.vocabulary)
     examples = data.from_pairs(pairs, embedded.vocabulary, LENGTHS)
-    task = evaluation.from_pairs(examples, ["positive", "negative"])
+    task = eval_task.from_pairs(examples, ["positive", "negative"])
     predictor = evaluation.Predictor(embedded, 5, evaluation.RANK, 4, 8)
     result = fit(embedded, pairs, 150, label_ids=ids)
     flat = {**embedded.params, train.PROMPT: jnp.asarray(result.trained[train.PROMPT])}
@@ -142,7 +143,7 @@ def test_the_loss_among_labels_teaches_the_ranking(embedded, pairs):
 
 def test_the_loss_among_labels_needs_labels_that_hold_every_target(embedded, pairs):
     part = data.from_pairs(pairs, embedded.vocabulary, LENGTHS, "reviews")
-    check = lambda loss, *labels: evaluation.training_labels(  # noqa: E731
+    check = lambda loss, *labels: eval_task.training_labels(  # noqa: E731
         loss, [part] * len(labels), labels, embedded.vocabulary
     )
     assert check("tokens", None) is None
@@ -583,7 +584,7 @@ def test_the_loss_among_labels_is_the_same_for_packed_examples(tiny, pairs):
         [("question: " + text, target) for text, target in named],
         tiny.vocabulary, {"inputs": 16, "targets": 8}, "other",
     )  # fmt: skip
-    label_ids = evaluation.encode_labels(["positive", "very negative"], tiny.vocabulary)
+    label_ids = eval_task.encode_labels(["positive", "very negative"], tiny.vocabulary)
     own = slots(tiny.cfg.vocab_size, 5)
     for labels in (label_ids, None):
         width = 0 if labels is None else labels.shape[1]

@@ -8,7 +8,7 @@ import pytest
 from conftest import TINY
 
 from softprompt import backbone as backbones
-from softprompt import data, evaluation, partition, prompt, selection, train, voting
+from softprompt import data, eval_task, evaluation, partition, prompt, selection, train, voting
 from softprompt.voting import Votes, vote
 
 LABELS = ["positive", "negative", "none"]
@@ -55,7 +55,7 @@ def made(tiny, pairs, mode):
     prompts = [rng.normal(size=(n, tiny.cfg.emb_dim)).astype("f4") * 3 for n in (4, 2, 6)]
     bank, lengths = prompt.bank(prompts, tiny.cfg.emb_dim)
     examples = data.from_pairs(pairs, tiny.vocabulary, {"inputs": 16, "targets": 8})
-    task = evaluation.from_pairs(examples, LABELS[:2] if mode == "rank" else None)
+    task = eval_task.from_pairs(examples, LABELS[:2] if mode == "rank" else None)
     predictor = evaluation.Predictor(tiny, lengths, mode, 8, 3)
     return prompts, task, predictor, {**tiny.params, train.PROMPT: bank}
 

@@ -1,0 +1,256 @@
+"""What is evaluated on: a task's examples, its labels, and how predictions become figures."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from softprompt import data
+from softprompt.vocabulary import EOS_ID, Vocabulary
+
+TOKENS = "tokens"
+LABELS = "labels"
+# Of seqio's `ModelOutputType`.
+PREDICTION = "PREDICTION"
+SCORE = "SCORE"
+Figures = dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalTask:
+    """What is evaluated on: examples, and how a model's outputs become figures.
+
+    Attributes:
+      examples: tokenised, with their records.
+      labels: the label strings, index = class id, or None where any text may be the answer.
+      judge: predicted strings, in the examples' order, to figures; None for a task whose metrics
+        all judge the targets' scores.
+      judge_scores: the log-likelihood `[examples]` of each target, in nats, to figures; None for a
+        task without such metrics.
+    """
+
+    examples: data.Examples
+    labels: Sequence[str] | None
+    judge: Callable[[list[str]], Figures] | None
+    judge_scores: Callable[[np.ndarray], Figures] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.examples.name
+
+    def figures(self, predictions: Sequence[str]) -> Figures:
+        """Figures of predicted strings.
+
+        Raises:
+          ValueError: its metrics judge something else.
+        """
+        if self.judge is None:
+            raise ValueError(
+                f"the metrics of {self.name} judge the scores of its targets, which only an "
+                f"evaluation of one prompt gives, expected some that judge predictions"
+            )
+        return self.judge(list(predictions))
+
+    def named(self, figures: Figures, several: bool) -> Figures:
+        """The figures with the task's name before each where it is one of several."""
+        prefix = f"{self.name}/" if several else ""
+        return {prefix + name: value for name, value in figures.items()}
+
+    def blank(self) -> Figures:
+        """The figures of a model that predicts nothing: what they are called."""
+        count, found = len(self.examples), {}
+        if self.judge is not None:
+            found |= self.judge([""] * count)
+        if self.judge_scores is not None:
+            found |= self.judge_scores(np.zeros(count))
+        return found
+
+
+def from_task(
+    task: Any, split: str, feature_lengths: Mapping[str, int], vocabulary: Vocabulary
+) -> EvalTask:
+    """A seqio task's split with its postprocessor and metrics.
+
+    As by seqio's `Evaluator`, metric functions of `(targets, predictions)` are given what the
+    postprocessor makes of strings, those of `(targets, scores)` the targets' log-likelihoods, and
+    metric objects what their `model_output_type` asks for.
+
+    Raises:
+      ValueError: it has metrics of another kind.
+    """
+    objects = _metric_objects(task)
+    examples = data.from_task(task, split, feature_lengths)
+    records = examples.records
+    targets = [
+        task.postprocess_fn(target_text(record, vocabulary), example=record, is_target=True)
+        for record in records
+    ]
+
+    def judge(predictions: list[str]) -> Figures:
+        answers = [
+            task.postprocess_fn(text, example=record, is_target=False)
+            for text, record in zip(predictions, records, strict=True)
+        ]
+        found = [metric_fn(targets, answers) for metric_fn in task.predict_metric_fns]
+        of_object = functools.partial(_of_object, task, records, predictions, vocabulary)
+        return _as_floats(found + [of_object(metric) for metric in objects[PREDICTION]])
+
+    def judge_scores(scores: np.ndarray) -> Figures:
+        found = [metric_fn(targets, scores) for metric_fn in task.score_metric_fns]
+        of_object = functools.partial(_of_object, task, records, scores, vocabulary)
+        return _as_floats(found + [of_object(metric) for metric in objects[SCORE]])
+
+    scored = bool(task.score_metric_fns or objects[SCORE])
+    predicted = bool(task.predict_metric_fns or objects[PREDICTION])
+    return EvalTask(
+        examples,
+        label_classes(task),
+        judge if predicted or not scored else None,
+        judge_scores if scored else None,
+    )
+
+
+def _metric_objects(task: Any) -> dict[str, list[Any]]:
+    """A task's metric objects by what they judge: its functions are not among them."""
+    objects = task.metric_objs[: len(task.metric_objs) - len(task.metric_fns)]
+    found: dict[str, list[Any]] = {PREDICTION: [], SCORE: []}
+    others = [f"{f.__name__} of aux_values" for f in task.predict_with_aux_metric_fns]
+    for metric in objects:
+        kind = metric.model_output_type.name
+        others += [] if kind in found else [f"{type(metric).__name__} of {kind}"]
+        found.get(kind, []).append(metric)
+    if others:
+        raise ValueError(
+            f"the task {task.name} has the metrics {', '.join(others)}, expected some that judge "
+            f"predictions or the targets' scores alone"
+        )
+    return found
+
+
+def _of_object(
+    task: Any, records: Sequence[Mapping], outputs: Any, vocabulary: Vocabulary, metric: Any
+) -> Mapping[str, Any]:
+    """What a metric object makes of predicted strings or of scores."""
+    import seqio
+
+    collects = isinstance(metric, seqio.metrics.CollectingMetric)
+    if metric.model_output_type.name == PREDICTION and not collects:
+        rows = [np.array([*vocabulary.encode(text), EOS_ID], np.int32) for text in outputs]
+        outputs = data.pad(rows, len(rows), max(map(len, rows)))
+    features = task.output_features
+    found = metric.from_model_output(records, np.asarray(outputs), features)
+    return found.actual_compute(records, features)[0] if collects else found.compute()
+
+
+def _as_floats(found: Sequence[Mapping[str, Any]]) -> Figures:
+    """All figures, seqio's `Scalar` among them."""
+    return {k: float(getattr(v, "value", v)) for figures in found for k, v in figures.items()}
+
+
+def target_text(record: Mapping[str, Any], vocabulary: Vocabulary) -> str:
+    """The target as the task wrote it: a vocabulary may lack some of its characters."""
+    text = record.get("targets_pretokenized")
+    return vocabulary.decode(record["targets"]) if text is None else plain(text)
+
+
+def label_classes(task: Any) -> list[str] | None:
+    """The label strings of a seqio task, which its postprocessor carries (None: free text)."""
+    keywords = getattr(task.postprocessor, "keywords", None) or {}
+    labels = keywords.get("label_classes")
+    return None if labels is None else list(labels)
+
+
+def from_pairs(examples: data.Examples, labels: Sequence[str] | None) -> EvalTask:
+    """(text, target) examples, judged by accuracy in per cent and by outputs that are no label."""
+    targets = [record["targets_pretokenized"] for record in examples.records]
+
+    def judge(predictions: list[str]) -> dict[str, float]:
+        hits = [p == t for p, t in zip(predictions, targets, strict=True)]
+        figures = {"accuracy": 100 * float(np.mean(hits))}
+        if labels is not None:
+            figures["illegal"] = float(sum(p not in labels for p in predictions))
+        return figures
+
+    return EvalTask(examples, labels, judge)
+
+
+def encode_labels(
+    labels: Sequence[str], vocabulary: Vocabulary, prefix: Sequence[int] = ()
+) -> np.ndarray:
+    """Label ids `[C, L]` behind `prefix` and with EOS, padded with 0.
+
+    Labels with the same ids, or none at all, are an error.
+    """
+    rows = [np.array([*prefix, *vocabulary.encode(text), EOS_ID], np.int32) for text in labels]
+    seen: dict[tuple[int, ...], str] = {}
+    for text, ids in zip(labels, rows, strict=True):
+        if len(ids) == len(prefix) + 1:
+            raise ValueError(f"the label {text!r} has no tokens, expected a text")
+        key = tuple(ids.tolist())
+        if key in seen:
+            raise ValueError(f"the labels {seen[key]!r} and {text!r} have the same tokens")
+        seen[key] = text
+    return data.pad(rows, len(rows), max(map(len, rows)))
+
+
+def training_labels(
+    loss: str,
+    parts: Sequence[data.Examples],
+    labels: Sequence[Sequence[str] | None],
+    vocabulary: Vocabulary,
+    prefix: Sequence[int] = (),
+) -> np.ndarray | None:
+    """Label ids `[C, L]` to train `parts` by, or None for the loss 'tokens'.
+
+    Args:
+      loss: 'tokens' (of the target text) or 'labels' (the right label among the labels).
+      labels: those of each of `parts`. For the loss 'labels' they must be the same everywhere, and
+        every target must be one of them.
+      prefix: ids before every target.
+    """
+    if loss not in (TOKENS, LABELS):
+        raise ValueError(f"LOSS is {loss!r}, expected {TOKENS!r} or {LABELS!r}")
+    if loss == TOKENS:
+        return None
+    for part, own in zip(parts, labels, strict=True):
+        if own is None:
+            raise ValueError(f"LOSS is {LABELS!r}, but {part.name} has no labels")
+        if list(own) != list(labels[0]):
+            raise ValueError(
+                f"LOSS is {LABELS!r}, but {parts[0].name} has the labels {list(labels[0])} and "
+                f"{part.name} {list(own)}"
+            )
+    ids = encode_labels(labels[0], vocabulary, prefix)
+    known = {tuple(row[row > 0].tolist()) for row in ids}
+    for part in parts:
+        for i, target in enumerate(part.targets):
+            if tuple(target.tolist()) not in known:
+                raise ValueError(
+                    f"{part.name}: target {i} is {vocabulary.decode(target)!r}, expected one of "
+                    f"the labels {list(labels[0])}"
+                )
+    return ids
+
+
+def check_metric(name: str | None, tasks: Sequence[EvalTask]) -> None:
+    """Raises unless `name` (perhaps with a "-" before it) is a figure that `tasks` give."""
+    if name is None or not tasks:
+        return
+    known = [figure for task in tasks for figure in task.named(task.blank(), len(tasks) > 1)]
+    if name.lstrip("-") not in known:
+        raise ValueError(f"BEST_METRIC {name!r} is not among the figures {', '.join(known)}")
+
+
+def plain(value: Any) -> Any:
+    """A record's field as JSON can hold it."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, np.generic):
+        return plain(value.item())
+    if isinstance(value, np.ndarray):
+        return [plain(x) for x in value.tolist()] if value.ndim else plain(value.item())
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    return value
