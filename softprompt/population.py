@@ -54,7 +54,7 @@ class Member:
     keep: int = 2
     log_period: int = 50
     model_dir: str | os.PathLike | None = None
-    save: Callable[[pathlib.Path, dict[str, np.ndarray], dict[str, Any]], None] | None = None
+    save: selection.Save | None = None
     identity: Mapping[str, Any] | None = None
     seed: int = 0
     z_loss: float = 0.0
@@ -110,25 +110,21 @@ class _Run:
         self._everywhere = partition.replicated(backbone.mesh)
         prompt = jax.device_put(np.asarray(member.prompt, np.float32), self._everywhere)
         self.state = train_step.init_state({PROMPT: prompt}, member.optimizer, backbone.mesh)
-        self.best: dict[str, Any] = selection.UNJUDGED
+        self.best = selection.Best(member.model_dir, member.save, member.best_metric)
         folder, restored = member.model_dir, None
         if folder is not None:
             restored = checkpoint.restore_state(folder, self.state, say)
         if restored:
-            self.state, self.best = restored[0], restored[1]["best"]
+            self.state = restored[0]
             at, ours = int(self.state["step"]), dict(member.identity or {})
             train.check_identity(restored[1]["identity"], ours, folder, at, member.train_steps)
             say(f"{member.name}: resuming from step {at}")
+            self.best.restore(restored[1]["best"], {PROMPT})
         self.step = self._saved = int(self.state["step"])
         self._log = Logbook(folder, self.step)
         if not restored and folder is not None and member.save:
             prompt = np.asarray(member.prompt, np.float32)
             member.save(pathlib.Path(folder) / "prompts" / "initial", {PROMPT: prompt}, {"step": 0})
-        self._best_trained = None
-        if self.best["step"]:
-            self.best, self._best_trained = selection.restore(
-                folder, self.best, {PROMPT}, member.save
-            )
         self.result: Result | None = None
         self._stream = member.batches(self.step)
         self.batch = dict(next(self._stream))
@@ -151,14 +147,14 @@ class _Run:
         """Ends the run if it is at its last step or out of patience."""
         member = self.member
         if self.step >= member.train_steps:
-            if member.evaluate and not self.best["step"]:  # Nothing was left to do.
+            if member.evaluate and not self.best.step:  # Nothing was left to do.
                 self._evaluate()
                 self._save_checkpoint()
             self.end(FINISHED)
-        elif member.patience and self.best["waited"] >= member.patience:
+        elif self.best.out_of_patience(member.patience):
             say(
                 f"{member.name}: stopping early at step {self.step}: no better figure since "
-                f"{self.best['step']}"
+                f"{self.best.step}"
             )
             self.end(EARLY)
 
@@ -169,11 +165,11 @@ class _Run:
         if status in (FINISHED, EARLY):
             if self.step > self._saved:
                 self._save_checkpoint()
-            if member.save and member.model_dir is not None and not member.evaluate:
-                selection.save_unjudged(member.model_dir, member.save, now, self.step, self.best)
+            if not member.evaluate:
+                self.best.save_unjudged(self.step, now)
         self._log.close()
         stopped = status == INTERRUPTED
-        self.result = Result.of(self.step, now, self.best, self._best_trained, stopped)
+        self.result = Result.of(self.step, now, self.best, stopped)
 
     def _trained(self) -> dict[str, np.ndarray]:
         return {path: np.asarray(jax.device_get(x)) for path, x in self.state["trainable"].items()}
@@ -181,7 +177,7 @@ class _Run:
     def _save_checkpoint(self) -> None:
         member = self.member
         if member.model_dir is not None:
-            about = {"best": self.best, "identity": member.identity or {}}
+            about = {"best": self.best.facts, "identity": member.identity or {}}
             checkpoint.save_state(member.model_dir, self.state, about, member.keep)
         self._saved = self.step
 
@@ -222,17 +218,9 @@ class _Run:
         return loss
 
     def _evaluate(self) -> None:
-        member, step = self.member, self.step
-        figures = member.evaluate({**self._frozen, **self.state["trainable"]}, step)
-        self._log.write("eval/metrics", step, figures)
-        shown = "  ".join(f"{k} {v:.4g}" for k, v in figures.items())
-        say(f"{member.name}: step {step}  {shown}")
-        self.best = selection.better_of(self.best, step, figures, member.best_metric)
-        now = self._trained()
-        if self.best["step"] == step:
-            self._best_trained = now
-        if member.model_dir is not None:
-            selection.save_evaluated(member.model_dir, member.save, now, step, figures, self.best)
+        member = self.member
+        figures = member.evaluate({**self._frozen, **self.state["trainable"]}, self.step)
+        self.best.judge(self.step, figures, self._log, self._trained, f"{member.name}: ")
 
 
 class _Group:

@@ -4,16 +4,20 @@ import contextlib
 import math
 import os
 import pathlib
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import numpy as np
 
-from softprompt import checkpoint
+from softprompt import checkpoint, hosts
 from softprompt.formats import prompts as prompt_files
-from softprompt.logbook import say
+from softprompt.logbook import Logbook, say
 from softprompt.prompted import DEEP, PROMPT
 
+Path = str | os.PathLike
+Trained = Callable[[], dict[str, np.ndarray]]
+# Writes trained arrays and facts to a path without ending.
+Save = Callable[[pathlib.Path, dict[str, np.ndarray], dict[str, Any]], None]
 # What is known of the best evaluation before there was one.
 UNJUDGED = {"step": 0, "metric": None, "waited": 0, "metrics": {}}
 
@@ -29,88 +33,115 @@ def choose_metric(figures: Mapping[str, float], best_metric: str | None) -> floa
     return -figures[name] if best_metric.startswith("-") else figures[name]
 
 
-def better_of(
-    best: Mapping[str, Any], step: int, figures: dict[str, float], best_metric: str | None
-) -> dict[str, Any]:
-    """What is known of the best evaluation, after another one at `step`; any number beats NaN."""
-    metric, before = choose_metric(figures, best_metric), best["metric"]
-    if before is None or metric > before or (math.isnan(before) and not math.isnan(metric)):
-        return {"step": step, "metric": metric, "waited": 0, "metrics": figures}
-    return {**best, "waited": best["waited"] + 1}
+class Best:
+    """The best evaluation of a run so far, what was trained by then, and the files that keep both.
 
-
-def save_evaluated(model_dir, save, trained, step: int, figures, best: Mapping[str, Any]) -> None:
-    """Saves what was trained when `step` was evaluated, also as the best if `best` is that step.
-
-    Without `save` (None) only what a resumed run needs: the arrays of the best step.
+    Attributes:
+      facts: its step (0: none yet), figures, and how many evaluations since were no better.
+      trained: arrays by path, None without an evaluation.
     """
-    folder, note = pathlib.Path(model_dir) / "prompts", {"step": step, "metrics": figures}
-    if save:
-        save(folder / str(step), trained, note)
-    if best["step"] == step:
-        _save_best(model_dir, trained, best)
-        if save:
-            save(folder / "best", trained, note)
 
+    def __init__(self, model_dir: Path | None, save: Save | None, best_metric: str | None):
+        self.facts: Mapping[str, Any] = UNJUDGED
+        self.trained: dict[str, np.ndarray] | None = None
+        self._save, self._metric = save, best_metric
+        self._folder = None if model_dir is None else pathlib.Path(model_dir)
 
-def save_unjudged(model_dir, save, trained, step: int, best: Mapping[str, Any]) -> None:
-    """Saves what was trained by the last step, also as the best if nothing was ever evaluated.
+    @property
+    def step(self) -> int:
+        return self.facts["step"]
 
-    Also of a run that a kill ended after its last checkpoint, before this.
-    """
-    for name in [str(step)] if best["step"] else [str(step), "best"]:
-        save(pathlib.Path(model_dir) / "prompts" / name, trained, {"step": step})
+    def judge(
+        self, step: int, figures: dict[str, float], log: Logbook, trained: Trained, name: str = ""
+    ) -> None:
+        """Tells of the figures of `step`, and keeps what was trained; any number beats NaN.
 
+        Without `save` only what a resumed run needs is kept: the arrays of the best step.
+        """
+        log.write("eval/metrics", step, figures)
+        say(f"{name}step {step}  " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items()))
+        metric, before = choose_metric(figures, self._metric), self.facts["metric"]
+        if before is None or metric > before or (math.isnan(before) and not math.isnan(metric)):
+            self.facts = {"step": step, "metric": metric, "waited": 0, "metrics": figures}
+        else:
+            self.facts = {**self.facts, "waited": self.facts["waited"] + 1}
+        if self._folder is None and step != self.step:
+            return
+        now = trained()
+        if step == self.step:
+            self.trained = now
+        if self._folder is not None:
+            self._keep(step, now, figures)
 
-def _best_path(model_dir: str | os.PathLike) -> pathlib.Path:
-    return pathlib.Path(model_dir) / "checkpoints" / "best.safetensors"
+    def out_of_patience(self, patience: int) -> bool:
+        """Whether `patience` (0: endless) evaluations were no better."""
+        return bool(patience) and self.facts["waited"] >= patience
 
+    def save_unjudged(self, step: int, trained: dict[str, np.ndarray]) -> None:
+        """Saves what was trained by the last step, as the best if nothing was ever evaluated.
 
-def _save_best(model_dir, trained: dict[str, np.ndarray], best: dict[str, Any]) -> None:
-    checkpoint.write(_best_path(model_dir), trained, {"best": best})
+        Also of a run that a kill ended after its last checkpoint, before this.
+        """
+        if self._save and self._folder is not None:
+            for name in [str(step)] if self.step else [str(step), "best"]:
+                self._save(self._folder / "prompts" / name, trained, {"step": step})
 
+    def restore(self, facts: Mapping[str, Any], names: Set[str]) -> None:
+        """Takes over what a checkpoint says of the best evaluation, and the arrays `names` of then.
 
-def restore(
-    model_dir, best: dict[str, Any], names: Set[str], save
-) -> tuple[dict[str, Any], dict[str, np.ndarray] | None]:
-    """What a checkpoint says of the best evaluation, and what was trained by then: `names`.
+        If checkpoints/best.safetensors is not that step's, the prompt that was saved at the step
+        takes its place. Without one, a file of a later step, which a kill left before its
+        checkpoint, means that the best step is chosen anew from here.
 
-    If checkpoints/best.safetensors is not that step's, the prompt that was saved at the step takes
-    its place. Without one, a file of a later step, which a kill left before its checkpoint, means
-    that the best step is chosen anew from here.
+        Raises:
+          CorruptFile: the file is missing, torn or older, and no prompt takes its place.
+        """
+        self.facts = facts
+        if self.step:
+            self.facts, self.trained = hosts.shared(lambda: self._read(names))
 
-    Raises:
-      CorruptFile: the file is missing, torn or older, and no prompt takes its place.
-    """
-    path, at = _best_path(model_dir), None
-    try:
-        arrays, metadata = checkpoint.read(path)
-        at = metadata["best"]["step"]
-        if at == best["step"]:
-            return best, arrays
-        reason = f"{str(path)!r} is of step {at}, the best one is {best['step']}"
-    except ValueError as error:
-        reason = str(error)
-    if trained := _saved_prompt(model_dir, best["step"], names):
-        say(f"{reason}; going on with the prompt that was saved at step {best['step']}")
-        save_evaluated(model_dir, save, trained, best["step"], best["metrics"], best)
-        return best, trained
-    if at is not None and at > best["step"]:
-        say(f"{reason}; the best step is chosen anew from here")
-        return UNJUDGED, None
-    raise checkpoint.CorruptFile(
-        f"{reason}; without it the run cannot go on: remove the folder {str(path.parent)!r} to "
-        f"start over"
-    )
+    def _read(self, names: Set[str]) -> tuple[Mapping[str, Any], dict[str, np.ndarray] | None]:
+        path, at = self._path(), None
+        try:
+            arrays, metadata = checkpoint.read(path)
+            at = metadata["best"]["step"]
+            if at == self.step:
+                return self.facts, arrays
+            reason = f"{str(path)!r} is of step {at}, the best one is {self.step}"
+        except ValueError as error:
+            reason = str(error)
+        if trained := self._saved_prompt(names):
+            say(f"{reason}; going on with the prompt that was saved at step {self.step}")
+            self._keep(self.step, trained, self.facts["metrics"])
+            return self.facts, trained
+        if at is not None and at > self.step:
+            say(f"{reason}; the best step is chosen anew from here")
+            return UNJUDGED, None
+        raise checkpoint.CorruptFile(
+            f"{reason}; without it the run cannot go on: remove the folder {str(path.parent)!r} "
+            f"to start over"
+        )
 
+    def _path(self) -> pathlib.Path:
+        return self._folder / "checkpoints" / "best.safetensors"
 
-def _saved_prompt(model_dir, step: int, names: Set[str]) -> dict[str, np.ndarray] | None:
-    """The arrays `names` from a prompt that was saved at `step`, None if there is none."""
-    for name in (str(step), "best"):
-        with contextlib.suppress(ValueError):
-            path = pathlib.Path(model_dir) / "prompts" / f"{name}.safetensors"
-            bank, deep, about = prompt_files.read_deep(path)
-            found = {PROMPT: bank} | ({} if deep is None else {DEEP: deep})
-            if about.get("step") == step and found.keys() == names:
-                return found
-    return None
+    def _keep(self, step: int, trained: dict[str, np.ndarray], figures: dict[str, float]) -> None:
+        """Saves what was trained by `step`, also as the best if it is."""
+        folder, note = self._folder / "prompts", {"step": step, "metrics": figures}
+        if self._save:
+            self._save(folder / str(step), trained, note)
+        if step == self.step:
+            checkpoint.write(self._path(), trained, {"best": self.facts})
+            if self._save:
+                self._save(folder / "best", trained, note)
+
+    def _saved_prompt(self, names: Set[str]) -> dict[str, np.ndarray] | None:
+        """The arrays `names` from a prompt that was saved at the best step, None without one."""
+        for name in (str(self.step), "best"):
+            with contextlib.suppress(ValueError):
+                path = self._folder / "prompts" / f"{name}.safetensors"
+                bank, deep, about = prompt_files.read_deep(path)
+                found = {PROMPT: bank} | ({} if deep is None else {DEEP: deep})
+                if about.get("step") == self.step and found.keys() == names:
+                    return found
+        return None

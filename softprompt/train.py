@@ -60,13 +60,11 @@ class Result:
     interrupted: bool = False
 
     @classmethod
-    def of(cls, step: int, trained, best: Mapping[str, Any], best_trained, interrupted: bool):
-        """After `step`: `best` as `selection` has it, `best_trained` None without evaluations."""
-        at = best["step"]
-        if best_trained is None:
-            best_trained, at = trained, step
-        metrics = dict(best["metrics"])
-        return cls(step, trained, best_trained, at, best["metric"], metrics, interrupted)
+    def of(cls, step: int, trained, best: selection.Best, interrupted: bool):
+        """After `step`, which is the best one too if nothing was evaluated."""
+        chosen, at = (trained, step) if best.trained is None else (best.trained, best.step)
+        metric, metrics = best.facts["metric"], dict(best.facts["metrics"])
+        return cls(step, trained, chosen, at, metric, metrics, interrupted)
 
 
 def check_trainable(trained: tree.Flat) -> None:
@@ -140,7 +138,7 @@ def fit(
     keep: int = 2,
     log_period: int = 50,
     model_dir: str | os.PathLike | None = None,
-    save: Callable[[pathlib.Path, dict[str, np.ndarray], dict[str, Any]], None] | None = None,
+    save: selection.Save | None = None,
     identity: Mapping[str, Any] | None = None,
     seed: int = 0,
     z_loss: float = 0.0,
@@ -199,11 +197,11 @@ def fit(
     state = train_step.init_state(
         {path: x.astype(jnp.float32) for path, x in trained.items()}, optimizer, backbone.mesh
     )
-    best, restored = selection.UNJUDGED, None
+    best, restored = selection.Best(model_dir, save, best_metric), None
     if model_dir is not None:
         restored = checkpoint.restore_state(model_dir, state, say)
     if restored:
-        state, best = restored[0], restored[1]["best"]
+        state = restored[0]
         at = int(state["step"])
         check_identity(restored[1]["identity"], dict(identity or {}), model_dir, at, train_steps)
         say(f"resuming from step {at} of {model_dir}")
@@ -239,10 +237,8 @@ def fit(
     # A prompt of which a part trains is kept whole.
     prompts = [k for k in params if k.startswith("prompt/")]
     kept = {*trained, *(prompts if any(k in trained for k in prompts) else ())}
-    best_trained = None
-    if best["step"]:
-        names = kept & parameters().keys()
-        best, best_trained = hosts.shared(lambda: selection.restore(model_dir, best, names, save))
+    if restored:
+        best.restore(restored[1]["best"], kept & parameters().keys())
     saved = start
 
     def trained_now() -> dict[str, np.ndarray]:
@@ -251,32 +247,23 @@ def fit(
     def save_checkpoint() -> None:
         if model_dir is not None:
             checkpoint.save_state(
-                model_dir, state, {"best": best, "identity": identity or {}}, keep
+                model_dir, state, {"best": best.facts, "identity": identity or {}}, keep
             )
 
     def judge(step: int) -> None:
-        nonlocal best, best_trained
-        figures = evaluate(parameters(), step)
-        log.write("eval/metrics", step, figures)
-        say(f"step {step}  " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items()))
-        best = selection.better_of(best, step, figures, best_metric)
-        if best["step"] == step:
-            best_trained = trained_now()
-        if model_dir is not None:
-            now = best_trained if best["step"] == step else trained_now()
-            selection.save_evaluated(model_dir, save, now, step, figures, best)
+        best.judge(step, evaluate(parameters(), step), log, trained_now)
 
     def finish(step: int, interrupted: bool = False) -> Result:
         log.close()
-        return Result.of(step, trained_now(), best, best_trained, interrupted)
+        return Result.of(step, trained_now(), best, interrupted)
 
     def place(batch: Mapping[str, np.ndarray]) -> tuple[Mapping[str, np.ndarray], Any]:
         return batch, partition.place_rows(batch, backbone.mesh)
 
     with _termination() as asked, pipeline.Prefetch(batches(start), place) as stream:
         for step in range(start + 1, train_steps + 1):
-            if patience and best["waited"] >= patience:
-                say(f"stopping early at step {step - 1}: no better figure since {best['step']}")
+            if best.out_of_patience(patience):
+                say(f"stopping early at step {step - 1}: no better figure since {best.step}")
                 break
             waited = stream.waited
             host_batch, batch = stream.next(state["step"])
@@ -319,13 +306,13 @@ def fit(
                 say(f"stopped by SIGTERM after step {step}; the same command goes on from here")
                 return finish(step, interrupted=True)
     step = int(state["step"])
-    unjudged = evaluate and not best["step"]  # It went on from the end of what it was to do.
+    unjudged = evaluate and not best.step  # It went on from the end of what it was to do.
     if unjudged:
         judge(step)
     if step > saved or unjudged:
         save_checkpoint()
-    if save and model_dir is not None and not evaluate:
-        selection.save_unjudged(model_dir, save, trained_now(), step, best)
+    if not evaluate:
+        best.save_unjudged(step, trained_now())
     return finish(step)
 
 

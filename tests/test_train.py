@@ -22,6 +22,7 @@ from softprompt import (
     data,
     eval_task,
     evaluation,
+    logbook,
     losses,
     optim,
     packing,
@@ -414,10 +415,11 @@ def test_the_best_step_is_kept_and_patience_stops(tiny, pairs):
 
 
 def test_any_number_is_better_than_nan():
-    best = selection.UNJUDGED
+    best, log = selection.Best(None, None, None), logbook.Logbook(None, 0)
     for step, metric in enumerate((float("nan"), float("nan"), -5.0, float("nan"), 1.0), 1):
-        best = selection.better_of(best, step, {"accuracy": metric}, None)
-        assert (best["step"], best["waited"]) == ((1, 0), (1, 1), (3, 0), (3, 1), (5, 0))[step - 1]
+        best.judge(step, {"accuracy": metric}, log, dict)
+        found = best.step, best.facts["waited"]
+        assert found == ((1, 0), (1, 1), (3, 0), (3, 1), (5, 0))[step - 1]
 
 
 def judged(tiny, pairs, folder, steps, kill=None, seen=None, **settings):
