@@ -12,9 +12,8 @@ from softprompt.api import (
     load_prompt,
     read_pairs,
     score_labels,
-    tune,
-    tune_many,
 )
+from softprompt.tuning import tune, tune_many
 
 __all__ = [
     "Backbone",
