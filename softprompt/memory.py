@@ -125,6 +125,14 @@ def size_on_device(shapes: Any) -> int:
     )
 
 
+def shared_size(shapes: tree.Flat, mesh: jax.sharding.Mesh) -> int:
+    """Bytes of frozen arrays on each device; those of a CPU share one copy."""
+    if mesh.devices.flat[0].platform != "cpu":
+        return size_on_device(shapes)
+    whole = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in shapes.values())
+    return -(-whole // len(mesh.local_devices))
+
+
 def lower(run: Run) -> tuple[jax.stages.Lowered, train_step.State, tree.Flat, dict[str, Any]]:
     """The run's train step, lowered, with the shapes of its state, frozen parameters and batch."""
     params: dict[str, Any] = dict(backbones.layout(run.cfg, run.mesh, run.weights))
@@ -191,7 +199,7 @@ def need(run: Run) -> Need:
     # Results that do not lie where an argument lay.
     fresh = stats.output_size_in_bytes - stats.alias_size_in_bytes
     return Need(
-        weights=size_on_device(fixed),
+        weights=shared_size(fixed, run.mesh),
         trained=size_on_device(state["trainable"]),
         optimizer=size_on_device(state["opt"]),
         batch=size_on_device(batch),

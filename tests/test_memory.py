@@ -283,6 +283,12 @@ def test_a_need_is_what_the_arrays_and_the_program_take(whole):
     assert whole.temporaries > 6 * 8 * 64 * (24 + 2 * 128) * 4
 
 
+def test_the_devices_of_a_cpu_hold_the_frozen_weights_once(whole):
+    halves = memory.need(tiny_run(mesh=partition.make_mesh(data=2, devices=2)))
+    assert halves.weights == -(-whole.weights // 2)
+    assert halves.batch == whole.batch // 2 and halves.trained == whole.trained
+
+
 def test_rematerialisation_saves_memory(whole):
     minimal, full = (memory.need(tiny_run(remat=r)).temporaries for r in ("minimal", "full"))
     assert full < minimal < whole.temporaries
