@@ -59,10 +59,10 @@ def main() -> None:
     parser.add_argument("--prompt_length", type=int, default=100)
     args = parser.parse_args()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    from softprompt.tasks import features, sources
+    from softprompt.tasks import catalogue, sources
 
     sources.use_data_dir(args.data_dir)
-    features.use_vocabulary(args.vocabulary_file)
+    catalogue.use_vocabulary(args.vocabulary_file)
     feature_lengths = {"inputs": 512, "targets": 16}
     print("| task | packed rows | full | examples a batch | one shape | five buckets | lengths |")
     print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)

@@ -158,10 +158,10 @@ def write_tokens(path: pathlib.Path, data_dir: str, vocabulary_file: str) -> Non
     """The tasks' token arrays, in one .npz that needs neither TensorFlow nor seqio to read."""
     import softprompt.tasks.registry  # noqa: F401
     from softprompt import data
-    from softprompt.tasks import features, sources
+    from softprompt.tasks import catalogue, sources
 
     sources.use_data_dir(data_dir)
-    features.use_vocabulary(vocabulary_file)
+    catalogue.use_vocabulary(vocabulary_file)
     arrays = {}
     for name in TASKS:
         task = data.get_tasks(f"super_glue_{name}")[0][0]

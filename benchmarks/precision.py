@@ -25,9 +25,9 @@ def held_out(args: argparse.Namespace, vocabulary) -> dict[str, data.Examples]:
         for name in DATA
     }
     if args.corpus:
-        from softprompt.tasks import features, pretraining
+        from softprompt.tasks import catalogue, pretraining
 
-        features.use_vocabulary(vocabulary.path)
+        catalogue.use_vocabulary(vocabulary.path)
         pretraining.use_corpus(args.corpus)
         for name, task in TASKS.items():
             task = data.get_tasks(task)[0][0]

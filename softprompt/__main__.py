@@ -1,13 +1,10 @@
 """Command line: softprompt train, eval, infer, baseline, sweep, reproduce, and tools."""
 
 import argparse
-import contextlib
-import gc
 import os
 import pathlib
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from softprompt import heap
 from softprompt.settings import USER_DATA
@@ -33,67 +30,6 @@ def _quiet() -> None:
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
-
-
-@contextlib.contextmanager
-def _without(*packages: str) -> Iterator[None]:
-    """Lets an import find none of `packages`, unless they were imported before."""
-    hidden = [name for name in packages if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))
-    try:
-        yield
-    finally:
-        for name in hidden:
-            del sys.modules[name]
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """First imports without garbage collections, which search all modules again and again.
-
-    Later collections leave out what lies in memory by then. Nothing happens in a program that
-    imported TensorFlow itself, or collects as it likes.
-    """
-    ours = "tensorflow" not in sys.modules and gc.isenabled()
-    if ours:
-        gc.disable()
-    try:
-        yield
-    finally:
-        if ours:
-            gc.freeze()
-            gc.enable()
-
-
-def _import_tensorflow() -> None:
-    """Imports what reads data, with native libraries' start-up lines kept off the terminal.
-
-    They are written to the file descriptor itself before any level can be set. What was written is
-    shown after all if the import fails. Keras, which TensorFlow imports, would import scikit-learn
-    and matplotlib if it found them: a third of the time, for nothing here.
-    """
-    with tempfile.TemporaryFile() as held:
-        sys.stderr.flush()
-        terminal = os.dup(2)
-        os.dup2(held.fileno(), 2)
-        failed = True
-        try:
-            with _uncollected():
-                with _without("sklearn", "matplotlib"):
-                    import tensorflow as tf
-                import seqio  # noqa: F401
-
-            # TensorFlow only reads data here: leave the accelerators to JAX.
-            tf.config.set_visible_devices([], "GPU")
-            tf.config.set_visible_devices([], "TPU")
-            failed = False
-        finally:
-            sys.stderr.flush()
-            os.dup2(terminal, 2)
-            os.close(terminal)
-            if failed:
-                held.seek(0)
-                sys.stderr.write(held.read().decode(errors="replace"))
 
 
 def _use_compilation_cache() -> None:
@@ -284,7 +220,6 @@ def _dry_run(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> int:
     settings = config.arguments(launch.train)
     labels = 0
     if settings["loss"] == launch.eval_task.LABELS:
-        _import_tensorflow()
         labels = launch.label_count(settings)
     with config.errors():
         for text in memory.dry_run(settings, args.device_memory, labels):
@@ -321,18 +256,16 @@ def _run_gin(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> int:
 
 
 def _use_data(args: argparse.Namespace) -> None:
-    """Imports what reads data, and tells it of the folders that the flags name."""
-    _import_tensorflow()
-    import seqio
-
+    """Tells what reads data of the folders that the flags name."""
+    from softprompt.importing import import_seqio
     from softprompt.tasks import sources
 
     if args.data_dir:
         sources.use_data_dir(args.data_dir)
     if args.tfds_data_dir:
-        seqio.set_tfds_data_dir_override(args.tfds_data_dir)
+        import_seqio().set_tfds_data_dir_override(args.tfds_data_dir)
     if cached := getattr(args, "seqio_additional_cache_dirs", ""):
-        seqio.add_global_cache_dirs(cached.split(","))
+        import_seqio().add_global_cache_dirs(cached.split(","))
 
 
 def _reproduce(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> int:

@@ -29,7 +29,13 @@ from softprompt import (
 from softprompt import prompt as prompts
 from softprompt.backbone import Backbone
 from softprompt.prompt import Prompt
-from softprompt.settings import check_counts, check_numbers, check_settings
+from softprompt.settings import (
+    BUILTIN,
+    check_counts,
+    check_numbers,
+    check_settings,
+    import_modules,
+)
 from softprompt.tree import Flat
 
 Pair = tuple[str, str]
@@ -121,9 +127,10 @@ def examples_of(
     """Examples and their judge, from pairs or from a seqio task's name."""
     vocabulary = _vocabulary(backbone)
     if isinstance(source, str | os.PathLike):
-        from softprompt.tasks import features, registry  # noqa: F401
+        from softprompt.tasks import catalogue
 
-        features.use_vocabulary(vocabulary.path)
+        import_modules(BUILTIN)
+        catalogue.use_vocabulary(vocabulary.path)
         tasks = data.get_tasks(str(source))
         if len(tasks) > 1:
             raise ValueError(f"{source!r} is a mixture; name one of its tasks")

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from softprompt.importing import seqio_is_there
 from softprompt.logbook import track
 from softprompt.vocabulary import EOS_ID, Vocabulary
 
@@ -217,15 +218,25 @@ def fingerprint(parts: Sequence[Examples]) -> str:
 
 
 def get_tasks(name: str) -> list[tuple[Any, float]]:
-    """The seqio tasks of a task or mixture, with their rates.
+    """The tasks of a task or mixture, with their rates: seqio's where somebody imported it.
 
-    An unknown name is an error that lists near names.
+    Without it they are definitions of `softprompt.tasks.catalogue`, which read the same. An unknown
+    name is an error that lists near names.
     """
     import difflib
 
-    import seqio
+    from softprompt.tasks import catalogue
 
-    known = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
+    known = catalogue.names()
+    if seqio_is_there():
+        import seqio
+
+        names = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
+        if name in known and name not in names:
+            from softprompt.tasks import registry  # noqa: F401 (registers what is defined)
+
+            names.append(name)
+        known = names
     if name not in known:
         near = difflib.get_close_matches(name, known, n=5, cutoff=0.4)
         raise ValueError(
@@ -233,6 +244,8 @@ def get_tasks(name: str) -> list[tuple[Any, float]]:
             + (f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(sorted(known))}")
             + " (MIXTURE_OR_TASK_MODULE names the module that registers tasks)"
         )
+    if not seqio_is_there():
+        return catalogue.find(name)
     found = seqio.get_mixture_or_task(name)
     if isinstance(found, seqio.Mixture):
         return [(task, found.get_rate(task)) for task in found.tasks]
@@ -284,14 +297,14 @@ def keeping_records() -> Iterator[None]:
 
 
 def from_task(task: Any, split: str, lengths: Mapping[str, int]) -> Examples:
-    """All examples of a seqio task's split, tokenised, in memory; from its offline cache if any."""
+    """All examples of a task's split, tokenised, in memory; from seqio's offline cache if any."""
     kept = _kept.get()
     if kept is None:
         records = _records(task, split)
     else:
-        from softprompt.tasks import features
+        from softprompt.tasks import catalogue
 
-        key = (task, split, features.vocabulary_path())
+        key = (task, split, catalogue.vocabulary_path())
         if key not in kept:
             kept[key] = _records(task, split)
         records = kept[key]
@@ -305,12 +318,17 @@ def _records(task: Any, split: str) -> list[dict[str, Any]]:
         raise ValueError(
             f"task {task.name} has no split {split!r}; it has {', '.join(task.splits)}"
         )
-    cached = cache_of(task, split)
-    dataset = _dataset(
-        task, sequence_length=None, split=split, shuffle=False, use_cached=cached is not None
-    )
-    what = f"{task.name}: reading {split}"
-    records = list(track(_rows(dataset), what, "examples"))
+    from softprompt.tasks import catalogue
+
+    cached = None
+    if isinstance(task, catalogue.Definition):
+        records = task.records(split)
+    else:
+        cached = cache_of(task, split)
+        dataset = _dataset(
+            task, sequence_length=None, split=split, shuffle=False, use_cached=cached is not None
+        )
+        records = list(track(_rows(dataset), f"{task.name}: reading {split}", "examples"))
     if not records:
         raise ValueError(f"task {task.name}, split {split!r}: there are no examples")
     if cached is not None:

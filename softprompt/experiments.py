@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 from softprompt import compare, config, formats, needs, standins, sweep, transfer
-from softprompt.tasks import registry, sources  # noqa: F401 (the first registers the tasks)
+from softprompt.tasks import builtin, sources  # noqa: F401 (the first defines the tasks)
 
 SWEEP, TRANSFER, ENSEMBLE, COUNTS, PORTRAIT = "sweep", "transfer", "ensemble", "counts", "portrait"
 Bindings = list[tuple[str, str]]

@@ -44,6 +44,7 @@ from softprompt.inputs import Shared
 from softprompt.logbook import duration, say, size
 from softprompt.predict import baseline, eval
 from softprompt.settings import (
+    BUILTIN,
     UserData,
     are_texts,
     check_kinds,
@@ -108,7 +109,7 @@ def train(
     architecture: str | None = None,
     vocabulary_file: str | None = None,
     embeddings_file: Path | None = None,
-    mixture_or_task_module: str | Sequence[str] | None = "softprompt.tasks.registry",
+    mixture_or_task_module: str | Sequence[str] | None = BUILTIN,
     user_data: UserData | None = None,
     text_corpus: Path | None = None,
     prompt_length: int = 100,

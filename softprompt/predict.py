@@ -30,7 +30,13 @@ from softprompt import (
 )
 from softprompt.backbone import Backbone
 from softprompt.logbook import say
-from softprompt.settings import UserData, check_settings, load_tasks, use_vocabulary
+from softprompt.settings import (
+    BUILTIN,
+    UserData,
+    check_settings,
+    load_tasks,
+    use_vocabulary,
+)
 from softprompt.vocabulary import AnyVocabulary
 
 Path = str | os.PathLike
@@ -68,7 +74,7 @@ def eval(
     best_metric: str | None = None,
     measure_cost: bool = False,
     eval_output_dir: Path | None = None,
-    mixture_or_task_module: str | Sequence[str] | None = "softprompt.tasks.registry",
+    mixture_or_task_module: str | Sequence[str] | None = BUILTIN,
     user_data: UserData | None = None,
     split: str = "validation",
     eval_mode: str = evaluation.GENERATE,
@@ -185,7 +191,7 @@ def baseline(
     task_feature_lengths: Mapping[str, int],
     initial_checkpoint_path: str,
     eval_output_dir: Path | None = None,
-    mixture_or_task_module: str | Sequence[str] | None = "softprompt.tasks.registry",
+    mixture_or_task_module: str | Sequence[str] | None = BUILTIN,
     user_data: UserData | None = None,
     split: str = "validation",
     eval_mode: str = evaluation.RANK,

@@ -10,7 +10,11 @@ from typing import Any
 
 from softprompt import data
 from softprompt.backbone import Backbone
+from softprompt.importing import import_seqio, seqio_is_there
 from softprompt.vocabulary import AnyVocabulary
+
+# The module of the tasks that the package brings.
+BUILTIN = "softprompt.tasks.registry"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,10 +104,20 @@ def check_patterns(**patterns: Any) -> None:
 
 
 def import_modules(modules: str | Sequence[str] | None) -> None:
-    """Imports the modules that register tasks."""
+    """Imports the modules that register tasks.
+
+    Those that the package brings are only defined, unless something else needs seqio: it takes
+    seconds to import.
+    """
     named = modules is None or isinstance(modules, str) or are_texts(modules)
     check_kinds(MIXTURE_OR_TASK_MODULE=(modules, named, "a module's name, a list of them or None"))
-    for module in [modules] if isinstance(modules, str) else modules or []:
+    names = [modules] if isinstance(modules, str) else modules or []
+    if set(names) <= {BUILTIN} and not seqio_is_there():
+        from softprompt.tasks import builtin  # noqa: F401
+
+        return
+    import_seqio()
+    for module in names:
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
@@ -111,11 +125,11 @@ def import_modules(modules: str | Sequence[str] | None) -> None:
 
 
 def load_tasks(name: str, modules: str | Sequence[str] | None, user: UserData | None):
-    """seqio's tasks under `name` and their rates, once modules and user have registered theirs."""
+    """The tasks under `name` and their rates, once modules and user have defined theirs."""
     check_kinds(MIXTURE_OR_TASK_NAME=(name, isinstance(name, str), "the name of a task"))
     import_modules(modules)
     if user and (user.train_file or user.validation_file or user.test_file):
-        from softprompt.tasks.user import register_task
+        from softprompt.tasks.user import define_task
 
         labels = user.labels
         check_kinds(LABELS=(labels, labels is None or are_texts(labels), "a list of texts or None"))
@@ -124,7 +138,7 @@ def load_tasks(name: str, modules: str | Sequence[str] | None, user: UserData | 
             for split in ("train", "validation", "test")
             if getattr(user, f"{split}_file")
         }
-        register_task(
+        define_task(
             name,
             **{f"{split}_file": path for split, path in files.items()},
             template=user.template,
@@ -141,10 +155,10 @@ def load_tasks(name: str, modules: str | Sequence[str] | None, user: UserData | 
 
 
 def use_vocabulary(backbone: Backbone) -> AnyVocabulary:
-    """Makes the backbone's vocabulary the one that seqio's tasks are tokenised with."""
-    from softprompt.tasks import features
+    """Makes the backbone's vocabulary the one that tasks are tokenised with."""
+    from softprompt.tasks import catalogue
 
     if backbone.vocabulary is None:
         raise ValueError(f"the backbone {backbone.name!r} has no vocabulary; give VOCABULARY_FILE")
-    features.use_vocabulary(backbone.vocabulary.path)
+    catalogue.use_vocabulary(backbone.vocabulary.path)
     return backbone.vocabulary

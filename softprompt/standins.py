@@ -11,7 +11,7 @@ NAMES = tuple(records.EMBEDDED)
 
 
 def by_length(name: str, folder: pathlib.Path) -> tuple[str, str]:
-    """Registers the shorter and the longer half of an embedded data set as tasks.
+    """Defines the shorter and the longer half of an embedded data set as tasks.
 
     Both splits are cut at the median length of the training texts; the files go to `folder`.
     Returns the tasks' names.
@@ -32,7 +32,7 @@ def by_length(name: str, folder: pathlib.Path) -> tuple[str, str]:
             kept = [json.dumps(row) + "\n" for row in all_rows if keep(len(row["text"]))]
             checkpoint.write_atomically(files[split], "".join(kept).encode())
         task = f"embedded_{name}_{half}"
-        user.register_task(
+        user.define_task(
             task, files["train"], files["validation"], template=about.template, labels=about.labels
         )
         tasks.append(task)

@@ -33,7 +33,7 @@ from softprompt import (
     t5_config,
     tree,
 )
-from softprompt.tasks import features, sources
+from softprompt.tasks import catalogue, features, sources
 from softprompt.train import PROMPT
 from softprompt.vocabulary import open_vocabulary
 
@@ -152,7 +152,7 @@ class PromptedModel(models.BaseTransformerModel):
                 "give VOCABULARY_FILE, a SentencePiece model: T5X's checkpoints hold no vocabulary"
             )
         self._vocabulary = open_vocabulary(vocabulary_file)
-        features.use_vocabulary(self._vocabulary.path)
+        catalogue.use_vocabulary(self._vocabulary.path)
         if data_dir is not None:
             sources.use_data_dir(data_dir)
         if mixture_or_task_module:

@@ -1,32 +1,15 @@
-"""The features of every task: inputs and targets, tokenised by the backbone's vocabulary.
+"""seqio's features of every task: inputs and targets, tokenised by the backbone's vocabulary.
 
-A task is registered before it is known which backbone it will feed, so the vocabulary is bound
-late: `use_vocabulary(path)` names the SentencePiece model (the training, evaluation and inference
-binaries do so from the backbone), else the embedded backbone's is used.
+The vocabulary is bound late: see `catalogue.use_vocabulary`.
 """
 
 import functools
-import os
 
-import seqio
+from softprompt.importing import import_seqio
+from softprompt.tasks.catalogue import vocabulary_path
+from softprompt.vocabulary import ByteVocabulary, Vocabulary
 
-from softprompt.vocabulary import EMBEDDED, ByteVocabulary, Vocabulary
-
-_path: str | None = None
-
-
-def use_vocabulary(path: str | os.PathLike | None) -> None:
-    """Makes all tasks tokenise with the SentencePiece model at `path`.
-
-    None is the embedded one, 'bytes' ByT5's vocabulary.
-    """
-    global _path
-    _path = None if path is None else str(path)
-
-
-def vocabulary_path() -> str:
-    """What `use_vocabulary` named last, as `softprompt.vocabulary.open_vocabulary` takes it."""
-    return _path or str(EMBEDDED)
+seqio = import_seqio()
 
 
 @functools.lru_cache(maxsize=8)

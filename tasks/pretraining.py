@@ -17,12 +17,15 @@ import os
 import pathlib
 
 import numpy as np
-import seqio
-import tensorflow as tf
 
 from softprompt import vocabulary
-from softprompt.tasks import features
+from softprompt.importing import import_seqio
+from softprompt.tasks.catalogue import vocabulary_path
 from softprompt.tasks.features import FEATURES
+
+seqio = import_seqio()
+
+import tensorflow as tf  # noqa: E402 (as seqio imports it)
 
 _corpus: str | None = None
 TFDS = "tfds:"
@@ -165,7 +168,7 @@ def span_corruption(
             f"targets; TASK_FEATURE_LENGTHS gives targets {sequence_length['targets']}"
         )
     del output_features
-    sentinel0 = vocabulary.open_vocabulary(features.vocabulary_path()).sentinel(0)
+    sentinel0 = vocabulary.open_vocabulary(vocabulary_path()).sentinel(0)
 
     @seqio.map_over_dataset(num_seeds=1)
     def corrupt(x, seed):

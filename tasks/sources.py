@@ -11,18 +11,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import seqio
-import tensorflow as tf
 
-from softprompt.tasks import records
-from softprompt.tasks.features import FEATURES
+from softprompt.importing import import_seqio
+from softprompt.tasks import catalogue, records
+from softprompt.tasks.catalogue import INT, Definition
 from softprompt.tasks.preprocessors import TextFn
 from softprompt.tasks.records import Row
 
 _data_dir: str | None = None
-STRING = tf.TensorSpec([], tf.string)
-STRINGS = tf.TensorSpec([None], tf.string)
-INT = tf.TensorSpec([], tf.int64)
 
 
 def use_data_dir(folder: str | os.PathLike | None) -> None:
@@ -55,7 +51,7 @@ def local_file(folder: str, split: str) -> pathlib.Path | None:
 def tfds_rows(tfds_name: str, split: str, task: str) -> Iterator[Row]:
     """Rows of a TFDS split, as Python values."""
     try:
-        dataset = seqio.LazyTfdsLoader(tfds_name).load(split, shuffle_files=False)
+        dataset = import_seqio().LazyTfdsLoader(tfds_name).load(split, shuffle_files=False)
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
         raise ValueError(
@@ -82,12 +78,12 @@ class Spec:
     """A text-to-text task over rows.
 
     Attributes:
-      name: of the seqio task.
+      name: of the task.
       folder: of its JSON Lines files, inside the user's data folder.
       text: row to text-to-text examples.
       tfds_name: None where TFDS does not have it.
       metric_fns, postprocess_fn: as seqio's.
-      extras: fields besides `inputs` and `targets`, with their types.
+      extras: fields besides `inputs` and `targets`, with their kinds.
       splits: split names, or a mapping to the names of the source.
       tfds_splits: names of splits that TFDS calls otherwise.
       train_text: another text function for the split 'train'.
@@ -99,7 +95,7 @@ class Spec:
     metric_fns: Sequence[Callable]
     postprocess_fn: Callable
     tfds_name: str | None = None
-    extras: Mapping[str, tf.TensorSpec] = dataclasses.field(default_factory=lambda: {"idx": INT})
+    extras: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"idx": INT})
     splits: Sequence[str] | Mapping[str, str] = ("train", "validation", "test")
     tfds_splits: Mapping[str, str] = dataclasses.field(default_factory=dict)
     train_text: TextFn | None = None
@@ -153,7 +149,7 @@ def check_at_hand(task: str, split: str) -> None:
         raise ValueError(f"{task!r} is not a benchmark task that this package brings")
     source = spec.splits[split] if isinstance(spec.splits, Mapping) else split
     try:
-        prepared = seqio.LazyTfdsLoader(spec.tfds_name).builder.data_path.exists()
+        prepared = import_seqio().LazyTfdsLoader(spec.tfds_name).builder.data_path.exists()
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
         raise ValueError(f"TFDS cannot give {spec.tfds_name} ({reason})") from None
@@ -164,72 +160,8 @@ def check_at_hand(task: str, split: str) -> None:
         )
 
 
-def dataset_of(
-    examples: Callable[[str], Iterator[dict[str, Any]]], extras: Mapping[str, tf.TensorSpec]
-) -> Callable[..., tf.data.Dataset]:
-    """A seqio dataset function over a Python generator of examples, read whole at each call.
-
-    They become columns: a generator's rows would each be a call from TensorFlow back to Python.
-    """
-    signature = {"inputs": STRING, "targets": STRING, **extras}
-
-    def dataset_fn(split: str, shuffle_files: bool = False, seed: int | None = None):
-        del shuffle_files, seed  # One file; seqio shuffles the examples.
-        # Read now, so that a user's error surfaces as it is and not from inside TensorFlow.
-        found = list(examples(split))
-        columns = {k: _column(k, [row[k] for row in found], spec) for k, spec in signature.items()}
-        return tf.data.Dataset.from_tensor_slices(columns)
-
-    return dataset_fn
-
-
-def _column(name: str, values: Sequence[Any], spec: tf.TensorSpec) -> tf.Tensor | tf.RaggedTensor:
-    """A feature of all examples: `spec` is that of one, of rank 0 or a list of any length."""
-    try:
-        if spec.shape.rank:
-            return tf.ragged.constant(values, spec.dtype, ragged_rank=1)
-        return tf.constant(values, spec.dtype, (len(values),))
-    except (TypeError, ValueError) as error:
-        kinds = sorted({type(value).__name__ for value in values})
-        raise ValueError(
-            f"the field {name!r} holds {', '.join(kinds)}, expected {spec.dtype.name} in every "
-            f"row: {str(error).splitlines()[0][:120]}"
-        ) from None
-
-
-def add_task(
-    name: str,
-    examples: Callable[[str], Iterator[dict[str, Any]]],
-    splits: Sequence[str],
-    metric_fns: Sequence[Callable],
-    postprocess_fn: Callable | None,
-    extras: Mapping[str, tf.TensorSpec] | None = None,
-) -> None:
-    """Registers a seqio task over text-to-text examples; a task of that name is replaced."""
-    if name in seqio.TaskRegistry.names():
-        seqio.TaskRegistry.remove(name)
-    seqio.TaskRegistry.add(
-        name,
-        source=seqio.FunctionDataSource(dataset_of(examples, extras or {}), splits=tuple(splits)),
-        preprocessors=[
-            seqio.preprocessors.tokenize,
-            seqio.CacheDatasetPlaceholder(),
-            seqio.preprocessors.append_eos_after_trim,
-        ],
-        output_features=FEATURES,
-        metric_fns=list(metric_fns),
-        postprocess_fn=postprocess_fn,
-    )
-
-
-def add_mixture(name: str, tasks: Sequence[str]) -> None:
-    """Registers a seqio mixture of equal rates; one of that name is left as it is."""
-    if name not in seqio.MixtureRegistry.names():
-        seqio.MixtureRegistry.add(name, list(tasks), default_rate=1.0)
-
-
 def register(spec: Spec) -> None:
-    """Registers a benchmark task."""
+    """Defines a benchmark task."""
     _specs[spec.name] = spec
 
     def examples(split: str) -> Iterator[dict[str, Any]]:
@@ -240,13 +172,16 @@ def register(spec: Spec) -> None:
             except (TypeError, KeyError, AttributeError) as error:
                 raise ValueError(f"{row.where}: this is no row of {spec.name}: {error!r}") from None
 
-    add_task(
-        spec.name, examples, tuple(spec.splits), spec.metric_fns, spec.postprocess_fn, spec.extras
-    )
+    catalogue.add(
+        Definition(
+            spec.name, examples, tuple(spec.splits), list(spec.metric_fns), spec.postprocess_fn,
+            spec.extras,
+        )
+    )  # fmt: skip
 
 
 def register_both(spec: Spec, **overrides: Any) -> None:
-    """Registers `<name>_named` as T5 words it, and `<name>` without the task's name."""
+    """Defines `<name>_named` as T5 words it, and `<name>` without the task's name."""
     from softprompt.tasks.preprocessors import drop_name
 
     named = dataclasses.replace(spec, name=f"{spec.name}_named", **overrides)

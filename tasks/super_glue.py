@@ -5,10 +5,9 @@ The mixture `super_glue` draws from the eight tasks in proportion to their examp
 
 import functools
 
-import seqio
-
-from softprompt.tasks import metrics, postprocessors, preprocessors
-from softprompt.tasks.sources import INT, STRINGS, Spec, register_both
+from softprompt.tasks import catalogue, metrics, postprocessors, preprocessors
+from softprompt.tasks.catalogue import INT, STRINGS
+from softprompt.tasks.sources import Spec, register_both
 
 BOOLEAN = ["False", "True"]
 ENTAILMENT = ["entailment", "not_entailment"]
@@ -110,8 +109,5 @@ register_both(
 )
 
 for _suffix in ("", "_named"):
-    if f"super_glue{_suffix}" not in seqio.MixtureRegistry.names():
-        seqio.MixtureRegistry.add(
-            f"super_glue{_suffix}",
-            [(f"super_glue_{name}{_suffix}", count) for name, count in EXAMPLES.items()],
-        )
+    _parts = [(f"super_glue_{name}{_suffix}", float(count)) for name, count in EXAMPLES.items()]
+    catalogue.add_mixture(f"super_glue{_suffix}", _parts)

@@ -2,16 +2,10 @@
 
 import functools
 
-from softprompt.tasks import glue, metrics, postprocessors, preprocessors, records  # noqa: F401
-from softprompt.tasks.sources import (
-    STRING,
-    STRINGS,
-    Spec,
-    add_mixture,
-    register,
-    register_both,
-)
-from softprompt.tasks.user import register_task
+from softprompt.tasks import catalogue, metrics, postprocessors, preprocessors, records
+from softprompt.tasks.catalogue import STRING, STRINGS
+from softprompt.tasks.sources import Spec, register, register_both
+from softprompt.tasks.user import define_task
 
 _QA = dict(
     text=preprocessors.squad,
@@ -65,7 +59,7 @@ for _mixture, _names in {
     "mrqa_out_of_domain": [f"mrqa_{name}" for name in ("bioasq", *LOCAL_OUT_OF_DOMAIN)],
     "glue_paraphrase": ["glue_mrpc", "glue_qqp"],
 }.items():
-    add_mixture(_mixture, _names)
+    catalogue.add_mixture(_mixture, [(name, 1.0) for name in _names])
 
 _CLASSIFICATION = {
     "ag_news_subset": (
@@ -93,7 +87,7 @@ for _name, (_fields, _labels, _tfds, _splits) in _CLASSIFICATION.items():
     )
 
 for _name, _spec in records.EMBEDDED.items():
-    register_task(
+    define_task(
         f"embedded_{_name}",
         train_file=records.EMBEDDED_FOLDER / _name / "train.jsonl",
         validation_file=records.EMBEDDED_FOLDER / _name / "validation.jsonl",

@@ -1,15 +1,21 @@
-"""A user's own data set, from files and a text template, as a seqio task."""
+"""A user's own data set, from files and a text template, as a task."""
 
 import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from softprompt.tasks import metrics, postprocessors, records
-from softprompt.tasks.sources import add_task
+from softprompt.tasks import catalogue, metrics, postprocessors, records
+from softprompt.tasks.catalogue import Definition
 
 
-def register_task(
+def register_task(name: str, *files: Any, **settings: Any) -> None:
+    """Registers JSON Lines, CSV or TSV files as the seqio task `name`: see `define_task`."""
+    define_task(name, *files, **settings)
+    from softprompt.tasks import registry  # noqa: F401 (registers it)
+
+
+def define_task(
     name: str,
     train_file: str | os.PathLike | None = None,
     validation_file: str | os.PathLike | None = None,
@@ -18,8 +24,8 @@ def register_task(
     target: str = "label",
     labels: Sequence[str] | None = None,
     metric_fns: Sequence[Callable] | None = None,
-) -> None:
-    """Registers JSON Lines, CSV or TSV files as the seqio task `name`.
+) -> Definition:
+    """JSON Lines, CSV or TSV files as the task `name` of `catalogue`.
 
     Args:
       train_file, validation_file, test_file: those that there are; at least one.
@@ -54,4 +60,4 @@ def register_task(
     if metric_fns is None:
         metric_fns = [metrics.accuracy, metrics.illegal] if labels else [metrics.sequence_accuracy]
     postprocess_fn = labels and functools.partial(postprocessors.label_to_id, label_classes=labels)
-    add_task(name, examples, tuple(files), metric_fns, postprocess_fn)
+    return catalogue.add(Definition(name, examples, tuple(files), list(metric_fns), postprocess_fn))

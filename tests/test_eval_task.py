@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from softprompt import eval_task, evaluation, losses, report, runs, tree
 from softprompt.prompted import PromptedT5
-from softprompt.tasks import features
+from softprompt.tasks import catalogue, features
 
 LENGTHS = {"inputs": 16, "targets": 8}
 SPLIT = "validation"
@@ -86,7 +86,7 @@ def make(tiny, request):
         )
         return eval_task.from_task(task, SPLIT, LENGTHS, tiny.vocabulary)
 
-    features.use_vocabulary(tiny.vocabulary.path)
+    catalogue.use_vocabulary(tiny.vocabulary.path)
     yield make
     for name in names:
         seqio.TaskRegistry.remove(name)

@@ -15,7 +15,8 @@ import pytest
 
 import softprompt
 from softprompt import banks, evaluation, prompt, tree
-from softprompt.__main__ import _without, main, split_gin
+from softprompt.__main__ import main, split_gin
+from softprompt.importing import _without
 
 ROOT = pathlib.Path(__file__).parent.parent
 MODEL = "--gin_file=models/t5_1_1_embedded.gin"
@@ -503,14 +504,14 @@ def test_a_package_is_hidden_from_an_import_alone(tmp_path, monkeypatch):
 def test_imports_are_not_searched_for_garbage_but_later_objects_are():
     code = """if True:
         import gc
-        from softprompt.__main__ import _import_tensorflow
+        from softprompt.importing import import_seqio
 
         passes = []
         gc.callbacks.append(lambda phase, info: passes.append(phase))
-        _import_tensorflow()
+        import_seqio()
         during, frozen = len(passes), gc.get_freeze_count()
         gc.collect()
-        _import_tensorflow()
+        import_seqio()
         print(during, frozen > 100_000, len(passes), gc.isenabled(), gc.get_freeze_count() - frozen)
     """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

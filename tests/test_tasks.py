@@ -242,9 +242,9 @@ def cached_task(tmp_path, monkeypatch, vocabulary):
     """A task of one row, cached as another text than its file has."""
     import seqio
 
-    from softprompt.tasks import features
+    from softprompt.tasks import catalogue
 
-    features.use_vocabulary(vocabulary.path)
+    catalogue.use_vocabulary(vocabulary.path)
     path = tmp_path / "train.jsonl"
     path.write_text(json.dumps({"text": "from the file", "label": "no"}) + "\n")
     user.register_task("cached_task", train_file=path, validation_file=path)
@@ -275,14 +275,14 @@ def test_seqios_offline_cache_takes_the_place_of_source_and_tokenisation(
 
 
 def test_a_cache_of_another_vocabulary_is_refused(cached_task):
-    from softprompt.tasks import features
+    from softprompt.tasks import catalogue
 
-    features.use_vocabulary("bytes")
+    catalogue.use_vocabulary("bytes")
     try:
         with pytest.raises(ValueError, match="tokenised by another vocabulary"):
             data.from_task(cached_task, "train", {"inputs": 16, "targets": 8})
     finally:
-        features.use_vocabulary(None)
+        catalogue.use_vocabulary(None)
 
 
 def test_an_unknown_task_suggests_near_ones():
@@ -353,18 +353,18 @@ def test_pretraining_reads_a_corpus(corpus):
 def test_bytes_are_hidden_behind_byt5_s_sentinels():
     import tensorflow as tf
 
-    from softprompt.tasks import features, pretraining
+    from softprompt.tasks import catalogue, features, pretraining
 
     spec = {"targets": tf.TensorSpec([None], tf.int32)}
     texts = tf.data.Dataset.from_generator(
         lambda: iter([{"targets": np.full(80, 100, np.int32)}]), output_signature=spec
     )
-    features.use_vocabulary("bytes")
+    catalogue.use_vocabulary("bytes")
     try:
         made = pretraining.span_corruption(texts, {"inputs": 32, "targets": 32}, features.FEATURES)
         example = next(made.as_numpy_iterator())
     finally:
-        features.use_vocabulary(None)
+        catalogue.use_vocabulary(None)
     assert example["targets"][0] == 258 == example["inputs"].max()
 
 

@@ -1,0 +1,129 @@
+"""The tasks that there are, as definitions that need neither seqio nor TensorFlow.
+
+`softprompt.tasks.registry` registers them with seqio, for programs that go by seqio. A run of ours
+reads a definition as it is, and so starts without importing either: same texts, same ids.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from softprompt.vocabulary import EMBEDDED, EOS_ID, AnyVocabulary, open_vocabulary
+
+# Kinds of an example's fields.
+STRING, STRINGS, INT = "a text", "a list of texts", "a whole number"
+_KINDS = {
+    STRING: lambda x: isinstance(x, str),
+    STRINGS: lambda x: isinstance(x, list) and all(isinstance(part, str) for part in x),
+    INT: lambda x: isinstance(x, int | np.integer) and not isinstance(x, bool),
+}
+Example = dict[str, Any]
+
+_vocabulary: str | None = None
+
+
+def use_vocabulary(path: Any) -> None:
+    """Makes all tasks tokenise with the SentencePiece model at `path`.
+
+    A task is defined before it is known which backbone it will feed; the training, evaluation and
+    inference binaries name the backbone's. None is the embedded one, 'bytes' ByT5's vocabulary.
+    """
+    global _vocabulary
+    _vocabulary = None if path is None else str(path)
+
+
+def vocabulary_path() -> str:
+    """What `use_vocabulary` named last, as `softprompt.vocabulary.open_vocabulary` takes it."""
+    return _vocabulary or str(EMBEDDED)
+
+
+_opened = functools.lru_cache(maxsize=8)(open_vocabulary)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Definition:
+    """A text-to-text task, with what a seqio task has that an evaluation asks for.
+
+    Attributes:
+      name: of the task.
+      source: the examples of a split: `inputs`, `targets` and the fields of `extras`.
+      splits: their names.
+      metric_fns: as seqio's, of `(targets, predictions)`.
+      postprocessor: as seqio's `postprocess_fn`; None for texts as they are.
+      extras: fields besides `inputs` and `targets`, with their kinds.
+    """
+
+    name: str
+    source: Callable[[str], Iterator[Example]]
+    splits: Sequence[str]
+    metric_fns: Sequence[Callable]
+    postprocessor: Callable | None = None
+    extras: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    score_metric_fns = predict_with_aux_metric_fns = metric_objs = ()
+
+    @property
+    def predict_metric_fns(self) -> Sequence[Callable]:
+        return self.metric_fns
+
+    def postprocess_fn(self, text: str, **about: Any) -> Any:
+        return text if self.postprocessor is None else self.postprocessor(text, **about)
+
+    def examples(self, split: str) -> list[Example]:
+        """All examples of a split; a field of another kind than its own is an error."""
+        found = list(self.source(split))
+        for name, kind in {"inputs": STRING, "targets": STRING, **self.extras}.items():
+            wrong = {type(x[name]).__name__ for x in found if not _KINDS[kind](x[name])}
+            if wrong:
+                raise ValueError(
+                    f"{self.name}, split {split!r}: the field {name!r} holds "
+                    f"{', '.join(sorted(wrong))}, expected {kind} in every row"
+                )
+        return found
+
+    def records(self, split: str) -> list[Example]:
+        """All examples of a split, tokenised and with EOS; their texts as `…_pretokenized`."""
+        vocabulary: AnyVocabulary = _opened(vocabulary_path())
+        found = self.examples(split)
+        records = [{name: example[name] for name in self.extras} for example in found]
+        for feature in ("inputs", "targets"):
+            texts = [example[feature] for example in found]
+            for record, text, ids in zip(
+                records, texts, vocabulary.encode_batch(texts), strict=True
+            ):
+                record[f"{feature}_pretokenized"] = text
+                record[feature] = np.array([*ids, EOS_ID], np.int32)
+        return records
+
+
+tasks: dict[str, Definition] = {}
+# Of each mixture its tasks and their rates.
+mixtures: dict[str, list[tuple[str, float]]] = {}
+# Told of every definition from then on.
+followers: list[Callable[[Definition], None]] = []
+
+
+def add(definition: Definition) -> Definition:
+    """Makes a task known; one of that name is replaced."""
+    tasks[definition.name] = definition
+    for follow in followers:
+        follow(definition)
+    return definition
+
+
+def add_mixture(name: str, parts: Sequence[tuple[str, float]]) -> None:
+    """Makes a mixture of tasks known."""
+    mixtures[name] = list(parts)
+
+
+def names() -> list[str]:
+    """Of all tasks and mixtures."""
+    return [*tasks, *mixtures]
+
+
+def find(name: str) -> list[tuple[Definition, float]]:
+    """The tasks of a task or mixture, with their rates."""
+    return [(tasks[part], rate) for part, rate in mixtures.get(name, [(name, 1.0)])]

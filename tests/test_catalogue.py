@@ -1,0 +1,140 @@
+"""Tasks read as they do through seqio, which a run of ours does without."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from softprompt import data, settings
+from softprompt.tasks import builtin, catalogue, registry, sources  # noqa: F401
+
+EMBEDDED = [name for name in catalogue.tasks if name.startswith("embedded_")]
+
+
+def same(ours, theirs):
+    """Whether a record of a definition says what seqio's says."""
+    for name, value in ours.items():
+        found = theirs[name]
+        if isinstance(value, str):
+            found = found.decode()
+        elif isinstance(value, list):
+            found = [x.decode() for x in found.tolist()]
+        np.testing.assert_array_equal(value, found, strict=isinstance(value, np.ndarray))
+    return set(theirs) == set(ours)
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_embedded_tasks_read_the_same_through_seqio(name):
+    check(name, "validation")
+
+
+@pytest.mark.parametrize("path", ["bytes", None])
+def test_a_vocabulary_is_bound_late(path):
+    catalogue.use_vocabulary(path)
+    try:
+        check(EMBEDDED[0], "validation")
+    finally:
+        catalogue.use_vocabulary(None)
+
+
+def check(name, split):
+    [(task, rate)] = data.get_tasks(name)
+    definition = catalogue.tasks[name]
+    assert rate == 1.0 and not isinstance(task, catalogue.Definition)
+    ours, theirs = data._records(definition, split), data._records(task, split)
+    assert len(ours) == len(theirs) > 0 and all(map(same, ours, theirs))
+    assert list(task.splits) == list(definition.splits)
+    assert task.predict_metric_fns == list(definition.predict_metric_fns)
+    assert definition.metric_objs == definition.score_metric_fns == ()
+    for record, other in zip(ours, theirs, strict=True):
+        text = record["targets_pretokenized"]
+        for is_target in (True, False):
+            a = definition.postprocess_fn(text, example=record, is_target=is_target)
+            assert a == task.postprocess_fn(text, example=other, is_target=is_target)
+
+
+def test_benchmark_tasks_read_the_same_through_seqio(task_data):
+    sources.use_data_dir(task_data)
+    read = []
+    try:
+        for name in catalogue.tasks:
+            spec = sources._specs.get(name)
+            if spec is None or not (task_data / spec.folder / "validation.jsonl").is_file():
+                continue
+            if (task_data / spec.folder / "validation.jsonl").stat().st_size < 2_000_000:
+                check(name, "validation")
+                read.append(name)
+    finally:
+        sources.use_data_dir(None)
+    assert {"super_glue_rte", "super_glue_wsc", "super_glue_cb_named"} <= set(read)
+
+
+def test_mixtures_have_the_rates_that_seqio_has():
+    for name in catalogue.mixtures:
+        theirs = {task.name: rate for task, rate in data.get_tasks(name)}
+        assert theirs == {task.name: rate for task, rate in catalogue.find(name)}
+
+
+def test_a_field_of_another_kind_is_named():
+    rows = [{"inputs": "a", "targets": "b", "idx": value} for value in (1, "2", None)]
+    found = catalogue.Definition(
+        "odd", lambda split: iter(rows), ("train",), (), None, {"idx": catalogue.INT}
+    )
+    message = "odd, split 'train': the field 'idx' holds NoneType, str, expected a whole number"
+    with pytest.raises(ValueError, match=message):
+        found.examples("train")
+
+
+def test_a_definition_replaces_one_of_its_name_also_in_seqio(tmp_path):
+    from softprompt.tasks import user
+
+    for text in ("first", "second"):
+        (tmp_path / f"{text}.jsonl").write_text(f'{{"text": "{text}", "label": "x"}}\n')
+        user.define_task("catalogue_mine", validation_file=tmp_path / f"{text}.jsonl")
+        [(task, _)] = data.get_tasks("catalogue_mine")
+        [record] = data._records(task, "validation")
+        assert record["inputs_pretokenized"] == text.encode()
+
+
+TRAIN = """if True:
+    import sys
+    from softprompt.__main__ import main
+
+    found = main(["train", "--gin_file=models/t5_1_1_embedded.gin", "--gin_file=runs/prompt_classify.gin",
+        *FLAGS, "--gin.TRAIN_STEPS=STEPS", "--gin.BATCH_SIZE=4", "--gin.EVAL_PERIOD=1"])
+    print(found, "tensorflow" in sys.modules, "seqio" in sys.modules)
+"""
+
+
+def run(flags, steps, cwd):
+    code = TRAIN.replace("*FLAGS", ", ".join(map(repr, flags))).replace("=STEPS", f"={steps}")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1].split()
+
+
+def test_a_run_on_files_imports_no_tensorflow(tmp_path):
+    rows = [f'{{"text": "n {i}", "label": {i % 2}}}\n' for i in range(8)]
+    (tmp_path / "t.jsonl").write_text("".join(rows))
+    flags = ["--train_file=t.jsonl", "--validation_file=t.jsonl", "--labels=even,odd",
+             "--gin.MODEL_DIR='m'", "--gin.TASK_FEATURE_LENGTHS={'inputs': 16, 'targets': 4}"]  # fmt: skip
+    assert run(flags, 1, tmp_path) == ["0", "False", "False"]
+    # A module of one's own, or a cache of seqio's, is read through seqio; the run is the same one.
+    (tmp_path / "mine.py").write_text("import seqio\n")
+    modules = "['softprompt.tasks.registry', 'mine']"
+    flags += [f"--gin.MIXTURE_OR_TASK_MODULE={modules}"]
+    assert run(flags, 2, tmp_path) == ["0", "True", "True"]
+
+
+def test_unknown_names_are_told_without_seqio():
+    code = """if True:
+        from softprompt import settings
+        settings.load_tasks("super_glue_rt", settings.BUILTIN, None)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (
+        "no seqio task or mixture is named 'super_glue_rt'; did you mean super_glue_rte"
+        in done.stderr
+    )
+    assert settings.BUILTIN == "softprompt.tasks.registry"
