@@ -119,7 +119,7 @@ def _metric_objects(task: Any) -> dict[str, list[Any]]:
     others = [f"{f.__name__} of aux_values" for f in task.predict_with_aux_metric_fns]
     for metric in objects:
         kind = metric.model_output_type.name
-        others += [] if kind in found else [f"{type(metric).__name__} of {kind}"]
+        others += [] if kind in found else [f"{metric!r} of {kind}"]
         found.get(kind, []).append(metric)
     if others:
         raise ValueError(
@@ -135,7 +135,8 @@ def _of_object(
     """What a metric object makes of predicted strings or of scores."""
     import seqio
 
-    collects = isinstance(metric, seqio.metrics.CollectingMetric)
+    kind = metric if isinstance(metric, type) else type(metric)
+    collects = issubclass(kind, seqio.metrics.CollectingMetric)
     if metric.model_output_type.name == PREDICTION and not collects:
         rows = [np.array([*vocabulary.encode(text), EOS_ID], np.int32) for text in outputs]
         outputs = data.pad(rows, len(rows), max(map(len, rows)))

@@ -74,7 +74,7 @@ def make(tiny, request):
 
     def make(metric_fns=(), metric_objs=None):
         names.append(f"choices_{request.node.name.split('[')[0]}_{len(names)}")
-        feature = seqio.Feature(vocabulary=features.vocabulary(), add_eos=True)
+        feature = seqio.Feature(vocabulary=features.VOCABULARY, add_eos=True)
         task = seqio.TaskRegistry.add(
             names[-1],
             source=seqio.FunctionDataSource(choices, splits=[SPLIT]),
