@@ -1,5 +1,6 @@
 """Backbones: a frozen T5's parameters, its architecture, its vocabulary and its fingerprint."""
 
+import concurrent.futures
 import dataclasses
 import functools
 import os
@@ -140,18 +141,20 @@ def load(
     shapes = layout(cfg, mesh, weights)
     fingerprint, params = tree.Fingerprint(), {}
     count = len(stored.shapes)
-    for name in track(sorted(stored.shapes), f"loading {stored.name}", "tensors", count):
-        x = np.asarray(stored.read(name))
-        fingerprint.add(name, x)
-        arrays = {name: x}
-        if name + int8.SCALE in shapes:
-            pair = stored.read_int8(name) or int8.quantize(name, x.astype(np.float32))
-            arrays = dict(zip((name, name + int8.SCALE), pair, strict=True))
-        for key, x in arrays.items():
-            x, into = np.asarray(x), shapes[key]
-            params[key] = partition.place_frozen(x, into.dtype, into.sharding)
-            # One tensor at a time: the copy is done before the next one is read.
-            params[key].block_until_ready()
+    with concurrent.futures.ThreadPoolExecutor(1) as beside:
+        for name in track(sorted(stored.shapes), f"loading {stored.name}", "tensors", count):
+            x = np.asarray(stored.read(name))
+            hashed = beside.submit(fingerprint.add, name, x)
+            arrays = {name: x}
+            if name + int8.SCALE in shapes:
+                pair = stored.read_int8(name) or int8.quantize(name, x.astype(np.float32))
+                arrays = dict(zip((name, name + int8.SCALE), pair, strict=True))
+            for key, x in arrays.items():
+                x, into = np.asarray(x), shapes[key]
+                params[key] = partition.place_frozen(x, into.dtype, into.sharding)
+                # One tensor at a time: the copy is done before the next one is read.
+                params[key].block_until_ready()
+            hashed.result()
     if stored.fingerprint not in (None, str(fingerprint)):
         raise checkpoint.CorruptFile(
             f"{stored.where!r} is corrupt: its weights have the fingerprint {fingerprint}, its "
