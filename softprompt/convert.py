@@ -116,6 +116,8 @@ def _convert_backbone(
     notes = [f"fingerprint {found}", f"{_count(again) / 1e6:.1f}M parameters"]
     if lost:
         notes.append(f"this format does not record {lost}: give it again when reading")
+    if stored.prompts:
+        notes.append(f"without the prompt {', '.join(stored.prompts)}: --to prompt writes it")
     if stored.vocabulary is None:
         notes.append("without a vocabulary, for the source has none (--vocabulary_file gives one)")
     elif again.vocabulary is None:

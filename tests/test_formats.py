@@ -301,8 +301,11 @@ def test_a_prompt_is_lifted_out_of_a_t5x_checkpoint(name, tmp_path, capsys):
     found, metadata = prompt.load(tmp_path / "p.safetensors")
     np.testing.assert_array_equal(found, array)
     assert metadata["parameter"] == name
-    # The backbone beside it loads as ever.
+    # The backbone beside it loads as ever, and elsewhere lies without it.
     assert_same_bits(formats.open_stored(tmp_path / "c"), stored)
+    convert.convert(str(tmp_path / "c"), tmp_path / "hf", "hf")
+    assert f"without the prompt {name}: --to prompt writes it" in capsys.readouterr().out
+    assert_same_bits(formats.open_stored(tmp_path / "hf"), stored)
 
 
 # --- prompts ------------------------------------------------------------------------------------

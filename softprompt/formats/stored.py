@@ -26,6 +26,7 @@ class Stored:
       fingerprint: that the stored values must have, where the format records it.
       metadata: whatever else the source says of itself.
       read_int8: our path to int8 values and scales (see `int8`), None where not stored so.
+      prompts: paths of prompts that lie beside it.
     """
 
     where: str
@@ -37,6 +38,7 @@ class Stored:
     fingerprint: str | None = None
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     read_int8: Callable[[str], tuple[np.ndarray, np.ndarray] | None] = lambda path: None
+    prompts: tuple[str, ...] = ()
 
     @classmethod
     def of(

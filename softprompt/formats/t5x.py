@@ -170,6 +170,7 @@ def open_stored(
         read=arrays.read,
         vocabulary=None if vocabulary_file is None else open_vocabulary(vocabulary_file),
         metadata={"source": where},
+        prompts=tuple(path for path in PROMPTS if path in arrays.shapes),
     )
 
 
