@@ -11,12 +11,12 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from softprompt.importing import seqio_is_there
 from softprompt.logbook import track
 from softprompt.vocabulary import EOS_ID, Vocabulary
 
@@ -218,34 +218,31 @@ def fingerprint(parts: Sequence[Examples]) -> str:
 
 
 def get_tasks(name: str) -> list[tuple[Any, float]]:
-    """The tasks of a task or mixture, with their rates: seqio's where somebody imported it.
+    """The tasks of a task or mixture, with their rates.
 
-    Without it they are definitions of `softprompt.tasks.catalogue`, which read the same. An unknown
-    name is an error that lists near names.
+    Definitions of `softprompt.tasks.catalogue` are taken as they are, but where seqio is to read
+    its offline caches; what is not among them is seqio's. An unknown name is an error that lists
+    near names.
     """
     import difflib
 
     from softprompt.tasks import catalogue
 
-    known = catalogue.names()
-    if seqio_is_there():
-        import seqio
-
-        names = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
-        if name in known and name not in names:
-            from softprompt.tasks import registry  # noqa: F401 (registers what is defined)
-
-            names.append(name)
-        known = names
+    seqio = sys.modules.get("seqio")
+    if name in catalogue.names():
+        if seqio is None or not seqio.get_global_cache_dirs():
+            return catalogue.find(name)
+        from softprompt.tasks import registry  # noqa: F401 (registers what is defined)
+    known = set(catalogue.names())
+    if seqio is not None:
+        known |= {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=5, cutoff=0.4)
+        near = difflib.get_close_matches(name, sorted(known), n=5, cutoff=0.4)
         raise ValueError(
             f"no seqio task or mixture is named {name!r}; "
             + (f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(sorted(known))}")
             + " (MIXTURE_OR_TASK_MODULE names the module that registers tasks)"
         )
-    if not seqio_is_there():
-        return catalogue.find(name)
     found = seqio.get_mixture_or_task(name)
     if isinstance(found, seqio.Mixture):
         return [(task, found.get_rate(task)) for task in found.tasks]

@@ -44,11 +44,6 @@ def import_seqio() -> ModuleType:
     return seqio
 
 
-def seqio_is_there() -> bool:
-    """Whether somebody imported seqio: then tasks are seqio's."""
-    return "seqio" in sys.modules
-
-
 @contextlib.contextmanager
 def _without(*packages: str) -> Iterator[None]:
     """Lets an import find none of `packages`, unless they were imported before."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from softprompt import data
 from softprompt.backbone import Backbone
-from softprompt.importing import import_seqio, seqio_is_there
+from softprompt.importing import import_seqio
 from softprompt.vocabulary import AnyVocabulary
 
 # The module of the tasks that the package brings.
@@ -104,20 +104,15 @@ def check_patterns(**patterns: Any) -> None:
 
 
 def import_modules(modules: str | Sequence[str] | None) -> None:
-    """Imports the modules that register tasks.
-
-    Those that the package brings are only defined, unless something else needs seqio: it takes
-    seconds to import.
-    """
+    """Imports the modules that register tasks; those that the package brings are only defined."""
     named = modules is None or isinstance(modules, str) or are_texts(modules)
     check_kinds(MIXTURE_OR_TASK_MODULE=(modules, named, "a module's name, a list of them or None"))
-    names = [modules] if isinstance(modules, str) else modules or []
-    if set(names) <= {BUILTIN} and not seqio_is_there():
-        from softprompt.tasks import builtin  # noqa: F401
+    for module in [modules] if isinstance(modules, str) else modules or []:
+        if module == BUILTIN:
+            from softprompt.tasks import builtin  # noqa: F401
 
-        return
-    import_seqio()
-    for module in names:
+            continue
+        import_seqio()
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:

@@ -125,5 +125,5 @@ def names() -> list[str]:
 
 
 def find(name: str) -> list[tuple[Definition, float]]:
-    """The tasks of a task or mixture, with their rates."""
-    return [(tasks[part], rate) for part, rate in mixtures.get(name, [(name, 1.0)])]
+    """The tasks of a task or mixture, with their rates; in seqio's order, by name."""
+    return [(tasks[part], rate) for part, rate in sorted(mixtures.get(name, [(name, 1.0)]))]

@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+import seqio
 
 from softprompt import data, settings
 from softprompt.tasks import builtin, catalogue, registry, sources  # noqa: F401
@@ -44,9 +45,8 @@ def test_a_vocabulary_is_bound_late(path):
 
 
 def check(name, split):
-    [(task, rate)] = data.get_tasks(name)
-    definition = catalogue.tasks[name]
-    assert rate == 1.0 and not isinstance(task, catalogue.Definition)
+    definition, task = catalogue.tasks[name], seqio.get_mixture_or_task(name)
+    assert data.get_tasks(name) == [(definition, 1.0)]
     ours, theirs = data._records(definition, split), data._records(task, split)
     assert len(ours) == len(theirs) > 0 and all(map(same, ours, theirs))
     tied = sum(
@@ -81,8 +81,15 @@ def test_benchmark_tasks_read_the_same_through_seqio(task_data):
 
 def test_mixtures_have_the_rates_that_seqio_has():
     for name in catalogue.mixtures:
-        theirs = {task.name: rate for task, rate in data.get_tasks(name)}
-        assert theirs == {task.name: rate for task, rate in catalogue.find(name)}
+        mixture = seqio.get_mixture_or_task(name)
+        theirs = [(task.name, mixture.get_rate(task)) for task in mixture.tasks]
+        assert theirs == [(task.name, rate) for task, rate in data.get_tasks(name)]
+
+
+def test_seqio_reads_a_definition_where_it_has_caches(tmp_path, monkeypatch):
+    monkeypatch.setattr(seqio.utils, "_GLOBAL_CACHE_DIRECTORIES", [str(tmp_path)])
+    [(task, _)] = data.get_tasks(EMBEDDED[0])
+    assert isinstance(task, seqio.Task) and data.cache_of(task, "validation") is None
 
 
 def test_a_field_of_another_kind_is_named():
@@ -101,9 +108,11 @@ def test_a_definition_replaces_one_of_its_name_also_in_seqio(tmp_path):
     for text in ("first", "second"):
         (tmp_path / f"{text}.jsonl").write_text(f'{{"text": "{text}", "label": "x"}}\n')
         user.define_task("catalogue_mine", validation_file=tmp_path / f"{text}.jsonl")
-        [(task, _)] = data.get_tasks("catalogue_mine")
-        [record] = data._records(task, "validation")
-        assert record["inputs_pretokenized"] == text.encode()
+        [(definition, _)] = data.get_tasks("catalogue_mine")
+        task = seqio.get_mixture_or_task("catalogue_mine")
+        for found, expected in ((definition, text), (task, text.encode())):
+            [record] = data._records(found, "validation")
+            assert record["inputs_pretokenized"] == expected
 
 
 TRAIN = """if True:
@@ -131,7 +140,7 @@ def test_a_run_on_files_imports_no_tensorflow(tmp_path):
     flags = ["--train_file=t.jsonl", "--validation_file=t.jsonl", "--labels=even,odd",
              "--gin.MODEL_DIR='m'", f"--gin.TASK_FEATURE_LENGTHS={lengths}"]  # fmt: skip
     assert run(flags, 1, tmp_path) == ["0", "False", "False"]
-    # A module of one's own is read through seqio; the run is the same one.
+    # A module of one's own needs seqio; the run is the same one.
     (tmp_path / "mine.py").write_text("import seqio\n")
     modules = "['softprompt.tasks.registry', 'mine']"
     flags += [f"--gin.MIXTURE_OR_TASK_MODULE={modules}"]
