@@ -1,1 +1,1 @@
-"""Tasks for seqio: `softprompt.tasks.registry` registers them; `records` needs no seqio."""
+"""Tasks: `catalogue` has their definitions, `registry` registers them with seqio."""

@@ -3,7 +3,7 @@
 import functools
 
 from softprompt.tasks import metrics, postprocessors, preprocessors
-from softprompt.tasks.sources import Spec, register_both
+from softprompt.tasks.sources import Spec, define_both
 
 ENTAILMENT = ["entailment", "not_entailment"]
 NLI = ["entailment", "neutral", "contradiction"]
@@ -46,7 +46,7 @@ CLASSIFICATION = {
 }  # fmt: skip
 
 for _name, (_word, _fields, _labels, _metrics, _splits) in CLASSIFICATION.items():
-    register_both(
+    define_both(
         Spec(
             name=f"glue_{_name}",
             folder=f"glue/{_name}",
@@ -60,7 +60,7 @@ for _name, (_word, _fields, _labels, _metrics, _splits) in CLASSIFICATION.items(
         )
     )
 
-register_both(
+define_both(
     Spec(
         name="glue_stsb",
         folder="glue/stsb",

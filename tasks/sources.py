@@ -160,7 +160,7 @@ def check_at_hand(task: str, split: str) -> None:
         )
 
 
-def register(spec: Spec) -> None:
+def define(spec: Spec) -> None:
     """Defines a benchmark task."""
     _specs[spec.name] = spec
 
@@ -180,13 +180,13 @@ def register(spec: Spec) -> None:
     )  # fmt: skip
 
 
-def register_both(spec: Spec, **overrides: Any) -> None:
+def define_both(spec: Spec, **overrides: Any) -> None:
     """Defines `<name>_named` as T5 words it, and `<name>` without the task's name."""
     from softprompt.tasks.preprocessors import drop_name
 
     named = dataclasses.replace(spec, name=f"{spec.name}_named", **overrides)
-    register(named)
-    register(
+    define(named)
+    define(
         dataclasses.replace(
             named,
             name=spec.name,

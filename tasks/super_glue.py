@@ -7,7 +7,7 @@ import functools
 
 from softprompt.tasks import catalogue, metrics, postprocessors, preprocessors
 from softprompt.tasks.catalogue import INT, STRINGS
-from softprompt.tasks.sources import Spec, register_both
+from softprompt.tasks.sources import Spec, define_both
 
 BOOLEAN = ["False", "True"]
 ENTAILMENT = ["entailment", "not_entailment"]
@@ -60,7 +60,7 @@ def _tfds(name: str) -> str:
 
 for _name, (_word, _fields, _labels, _metrics) in CLASSIFICATION.items():
     _text = functools.partial(preprocessors.fields, name=_word, features=_fields, labels=_labels)
-    register_both(
+    define_both(
         Spec(
             name=f"super_glue_{_name}",
             folder=f"super_glue/{_name}",
@@ -72,7 +72,7 @@ for _name, (_word, _fields, _labels, _metrics) in CLASSIFICATION.items():
         )
     )
 
-register_both(
+define_both(
     Spec(
         name="super_glue_multirc",
         folder="super_glue/multirc",
@@ -83,7 +83,7 @@ register_both(
         extras={f"idx/{part}": INT for part in ("paragraph", "question", "answer")},
     )
 )
-register_both(
+define_both(
     Spec(
         name="super_glue_record",
         folder="super_glue/record",
@@ -95,7 +95,7 @@ register_both(
     )
 )
 # Generates the noun that the pronoun refers to; trained on the rows where it is given (259).
-register_both(
+define_both(
     Spec(
         name="super_glue_wsc",
         folder="super_glue/wsc.fixed",

@@ -4,7 +4,7 @@ import functools
 
 from softprompt.tasks import catalogue, metrics, postprocessors, preprocessors, records
 from softprompt.tasks.catalogue import STRING, STRINGS
-from softprompt.tasks.sources import Spec, register, register_both
+from softprompt.tasks.sources import Spec, define, define_both
 from softprompt.tasks.user import define_task
 
 _QA = dict(
@@ -14,9 +14,7 @@ _QA = dict(
     extras={"answers": STRINGS, "id": STRING},
 )
 # SQuAD's text has no task name to drop.
-register(
-    Spec("squad", "squad", tfds_name="squad/v1.1:3.0.0", splits=("train", "validation"), **_QA)
-)
+define(Spec("squad", "squad", tfds_name="squad/v1.1:3.0.0", splits=("train", "validation"), **_QA))
 # MRQA's sets (Fisch et al. 2019), from TFDS or from a local folder in SQuAD's fields. Those out of
 # domain, which the paper transfers to (its table 1), have one split, TFDS's 'test'.
 MRQA_IN_DOMAIN = {
@@ -38,7 +36,7 @@ LOCAL_OUT_OF_DOMAIN = (
     "subjqa_restaurants",
 )
 for _name, _tfds in {**MRQA_IN_DOMAIN, **MRQA_OUT_OF_DOMAIN}.items():
-    register(
+    define(
         Spec(
             f"mrqa_{_name}",
             f"mrqa/{_name}",
@@ -51,7 +49,7 @@ for _name, _tfds in {**MRQA_IN_DOMAIN, **MRQA_OUT_OF_DOMAIN}.items():
 for _name in LOCAL_OUT_OF_DOMAIN:
     # SQuADShifts' Wikipedia set was gathered as SQuAD was, and has examples to train on too.
     _splits = ("train", "validation") if _name == "squadshifts_new_wiki" else ("validation",)
-    register(Spec(f"mrqa_{_name}", f"mrqa/{_name}", splits=_splits, **_QA))
+    define(Spec(f"mrqa_{_name}", f"mrqa/{_name}", splits=_splits, **_QA))
 
 # What a transfer is evaluated on: the paper's sets, and those that a local folder may have.
 for _mixture, _names in {
@@ -72,7 +70,7 @@ _CLASSIFICATION = {
     ),
 }  # fmt: skip
 for _name, (_fields, _labels, _tfds, _splits) in _CLASSIFICATION.items():
-    register_both(
+    define_both(
         Spec(
             name=_name,
             folder=_name,
