@@ -484,7 +484,7 @@ def test_tokens_beside_the_vocabulary_are_not_left_out_silently(tmp_path, vocabu
     file = tmp_path / "tokenizer_config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps(config | {"added_tokens_decoder": {str(size): {"content": "<="}}}))
-    with pytest.raises(ValueError, match="its tokenizer has '<=' beyond the pieces of spiece"):
+    with pytest.raises(ValueError, match="its tokenizer has '<=' beyond the pieces of its Sen"):
         formats.open_stored(tmp_path)
     found = formats.open_stored(tmp_path, tmp_path / "spiece.model")
     assert found.vocabulary == vocabulary

@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -283,10 +284,13 @@ def test_a_need_is_what_the_arrays_and_the_program_take(whole):
     assert whole.temporaries > 6 * 8 * 64 * (24 + 2 * 128) * 4
 
 
-def test_the_devices_of_a_cpu_hold_the_frozen_weights_once(whole):
-    halves = memory.need(tiny_run(mesh=partition.make_mesh(data=2, devices=2)))
-    assert halves.weights == -(-whole.weights // 2)
-    assert halves.batch == whole.batch // 2 and halves.trained == whole.trained
+@pytest.mark.parametrize("platform, share", [("cpu", 12), ("gpu", 24)])
+def test_the_devices_of_a_cpu_hold_the_frozen_weights_once(platform, share):
+    devices = [types.SimpleNamespace(platform=platform)] * 2
+    mesh = types.SimpleNamespace(devices=np.array(devices), local_devices=devices)
+    place = partition.replicated(partition.make_mesh(devices=1))
+    shapes = {"a": jax.ShapeDtypeStruct((2, 3), jnp.float32, sharding=place)}
+    assert memory.shared_size(shapes, mesh) == share
 
 
 def test_rematerialisation_saves_memory(whole):

@@ -218,7 +218,7 @@ def test_the_collapsed_prompt_is_what_was_trained_and_evaluated(tiny, pairs, tmp
     batches = batches_of(tiny, pairs, 5)(2)
     batch = {k: jnp.asarray(x) for k, x in next(batches).items()}
     flat = with_prompt(tiny, saved["2"][train.PROMPT])
-    total, count = evaluation._token_loss(PromptedT5(tiny.cfg, 5), flat, batch)
+    total, count = evaluation._row_losses(PromptedT5(tiny.cfg, 5), flat, batch).sum(-1)
     line = (tmp_path / "train.jsonl").read_text().splitlines()[-1]
     assert f'"loss": {float(total / count):.4f}' in line[:40] or np.isclose(
         float(line.split('"loss": ')[1].split(",")[0]), total / count, rtol=1e-4

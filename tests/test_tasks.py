@@ -525,7 +525,7 @@ def test_every_mrqa_set_reads_the_same_from_tfds_and_from_a_folder(tmp_path, mon
     np.testing.assert_array_equal(local.inputs[0], found["mrqa_bioasq"].inputs[0])
     for records_ in (local.records, found["mrqa_bioasq"].records):
         assert records_[0]["answers"] == ["blue", " ( blue ) "]
-        assert records_[0]["id"] == b"q1"
+        assert records_[0]["id"] == "q1"
     monkeypatch.delenv("SOFTPROMPT_DATA_DIR")
     [(local_alone, _)] = data.get_tasks("mrqa_subjqa_books")
     with pytest.raises(ValueError, match="name a folder that has mrqa/subjqa_books/validation"):
