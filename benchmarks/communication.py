@@ -2,8 +2,10 @@
 
     python benchmarks/communication.py --size t5_1_1_xl --devices 8 --model 1 2 4 8
     python benchmarks/communication.py --size t5_1_1_xxl --devices 64 --model 1 8 64
+    python benchmarks/communication.py --size t5_1_1_xl --topology v5e:2x4 --model 2
 
-Compiles the train step for virtual devices on abstract shapes (no weights exist), once for each
+Compiles the train step for virtual devices, or for those of `--topology` (see
+`softprompt.topology`), on abstract shapes (no weights exist), once for each
 number of devices along the model axis, and prints every kind of collective: along which mesh axis,
 how many arrays, of which type, and bytes of results per device. All layers of a stack communicate
 alike: the step is compiled with one and with two layers a stack, and their difference counts for
@@ -20,7 +22,7 @@ import re
 import jax
 import numpy as np
 
-from softprompt import memory, optim, partition, t5_config
+from softprompt import memory, optim, partition, products, t5_config, topology
 
 KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
 OPERATION = re.compile(rf"= (.*?) ({KINDS})(?:-start)?\(")
@@ -117,7 +119,7 @@ def compiled(cfg: t5_config.T5Config, mesh, layers: int, *shape: int) -> list[Co
     """The collectives of a step with so many layers in each stack."""
     cfg = dataclasses.replace(cfg, num_encoder_layers=layers, num_decoder_layers=layers)
     # No machine code is run: what the partitioner and the simplifiers leave is counted.
-    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    options = memory.CPU_OPTIONS if mesh.devices.flat[0].platform == "cpu" else {}
     program = abstract_step(cfg, mesh, *shape).compile(options).as_text()
     return collectives(program, mesh.shape["model"])
 
@@ -126,6 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", default="t5_1_1_xl", choices=list(t5_config.SIZES))
     parser.add_argument("--devices", type=int, default=8)
+    parser.add_argument("--topology", help="compile for its devices, such as v5e:2x4")
     parser.add_argument("--model", type=int, nargs="+", default=[1], help="along the model axis")
     parser.add_argument("--prompt_length", type=int, default=100)
     parser.add_argument("--batch_size", type=int, default=0, help="0: four rows a device")
@@ -139,15 +142,18 @@ def main() -> None:
     flag = f"--xla_force_host_platform_device_count={args.devices}"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
     jax.config.update("jax_platforms", "cpu")
+    devices = None
+    if args.topology:
+        devices = topology.describe(args.topology)[0]
+        args.devices = len(devices)
     cfg = t5_config.config(args.size, args.dropout_rate, args.dtype)
     depth = cfg.num_encoder_layers
     batch = args.batch_size or 4 * args.devices
     shape = (args.prompt_length, batch, args.inputs, args.targets)
-    jax.devices()
     # Traced as for an accelerator: on a CPU bfloat16 products are float32 (`products._einsum`).
-    jax.default_backend = lambda: "tpu"
+    products.platform = lambda: "tpu"
     for model in args.model:
-        mesh = partition.make_mesh(model=model)
+        mesh = partition.make_mesh(model=model, among=devices)
         if args.full:
             deepest = compiled(cfg, mesh, depth, *shape)
             totals = count(deepest)

@@ -10,7 +10,8 @@ added, which lie in memory by then. With `--keep` the process keeps what it free
 
     python benchmarks/memory.py --table --batch 8
 
-prints the dry run's figures alone, for T5 1.1 small to XXL with bfloat16 and int8 weights.
+prints the dry run's figures alone, for T5 1.1 small to XXL with bfloat16 and int8 weights, with
+`--topology=v5p:1x1x1` those of one device of that kind (see `softprompt.topology`).
 """
 
 import argparse
@@ -25,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from softprompt import heap, memory, optim, partition, t5_config
+from softprompt import heap, memory, optim, partition, t5_config, topology
 
 PROMPT, INPUTS, TARGETS = 100, 512, 16
 
@@ -33,7 +34,8 @@ PROMPT, INPUTS, TARGETS = 100, 512, 16
 def run_of(args: argparse.Namespace, batch: int) -> memory.Run:
     """A prompt-tuning run in the paper's settings."""
     cfg = dataclasses.replace(t5_config.config(args.size, 0.1, args.dtype), remat=args.remat)
-    mesh = partition.make_mesh(devices=1)
+    among = topology.describe(args.topology)[0] if args.topology else None
+    mesh = partition.make_mesh(devices=1, among=among)
     optimizer = optim.adafactor(0.3)
     return memory.Run(
         cfg, args.weights, mesh, optimizer, PROMPT, batch, PROMPT + INPUTS, TARGETS,
@@ -78,13 +80,14 @@ def table(args: argparse.Namespace) -> None:
     """A line for each size, type of the weights and policy of rematerialisation."""
     print("| T5 1.1 | weights | REMAT | weights, GiB | temporaries, GiB | peak, GiB |")
     print("| --- | --- | --- | --- | --- | --- |", flush=True)
-    for size in ("small", "base", "large", "xl", "xxl"):
+    for size in args.sizes:
         for weights in (None, "int8"):
             for remat in t5_config.REMAT:
                 args.size, args.weights, args.remat = f"t5_1_1_{size}", weights, remat
                 found = memory.need(run_of(args, args.batch[0]))
                 sizes = (found.weights, found.temporaries, found.peak)
                 cells = " | ".join(f"{n / 2**30:.2f}" for n in sizes)
+                cells += " (refused)" if found.refused else ""
                 print(f"| {size} | {weights or args.dtype} | {remat} | {cells} |", flush=True)
 
 
@@ -99,7 +102,12 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="the heap, as `softprompt train`")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--table", action="store_true", help="the dry run's figures, all sizes")
+    sizes = ["small", "base", "large", "xl", "xxl"]
+    parser.add_argument("--sizes", nargs="+", default=sizes, choices=sizes, help="of --table")
+    parser.add_argument("--topology", help="of --table: compile for such a device, as v5p:1x1x1")
     args = parser.parse_args()
+    if args.topology and not args.table:
+        parser.error("--topology is for --table")
     if args.table:
         args.dtype = "bfloat16"
         table(args)

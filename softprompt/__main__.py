@@ -112,6 +112,10 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--device_memory", help="of each device, such as 80GiB (default: as it says itself)"
             )
+            command.add_argument(
+                "--topology", metavar="NAME",
+                help="dry run for devices that are not here, such as v5e:2x4 or h100:8",
+            )  # fmt: skip
         if name != "infer":
             command.add_argument("--target", help="field that holds the label or target text")
     quick = commands.add_parser("quickstart", help="tune a prompt on the embedded default")
@@ -222,14 +226,15 @@ def _dry_run(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> int:
     if settings["loss"] == launch.eval_task.LABELS:
         labels = launch.label_count(settings)
     with config.errors():
-        for text in memory.dry_run(settings, args.device_memory, labels):
+        for text in memory.dry_run(settings, args.device_memory, labels, args.topology):
             print(text, flush=True)
     return 0
 
 
 def _run_gin(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> int:
-    if getattr(args, "device_memory", None) and not args.dry_run:
-        raise ValueError("--device_memory is for --dry_run")
+    for name in ("device_memory", "topology"):
+        if getattr(args, name, None) and not args.dry_run:
+            raise ValueError(f"--{name} is for --dry_run")
     if getattr(args, "dry_run", False):
         return _dry_run(args, [*_user_data(args), *bindings, *_gin_bindings(args)])
     from softprompt import config, launch
@@ -340,7 +345,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args = parser().parse_args(rest)
         if bindings and args.command not in (*GIN_COMMANDS, "reproduce"):
             raise ValueError(f"softprompt {args.command} takes no --gin flags")
-        _use_compilation_cache()
+        if not getattr(args, "topology", None):  # JAX reads none of programs for other devices.
+            _use_compilation_cache()
         if args.command in GIN_COMMANDS:
             from softprompt import hosts
 

@@ -1,7 +1,8 @@
 """Memory of a training run per device, from its compiled program, before anything is loaded.
 
 The train step is lowered from shapes, types and shardings alone, and compiled for the devices at
-hand; XLA's buffer assignment then says what it needs. Nothing of the backbone is allocated.
+hand or for others (`topology`); XLA's buffer assignment then says what it needs. Nothing of the
+backbone is allocated.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ from softprompt import (
     prompt,
     prompted,
     t5_config,
+    topology,
     train,
     train_step,
     tree,
@@ -87,6 +89,11 @@ class Run:
         return dataclasses.replace(self, cfg=cfg, **changes)
 
     @property
+    def device(self) -> jax.Device:
+        """The first device, for what all have in common."""
+        return self.mesh.devices.flat[0]
+
+    @property
     def part(self) -> int:
         """Rows of a microbatch."""
         return self.rows // self.microbatches
@@ -102,7 +109,9 @@ class Need:
     """Bytes that a run takes on each device, by what they are for.
 
     `temporaries` are activations and everything else that lives within a step; `start` are the
-    backbone's own values of what trains, which a run keeps beside.
+    backbone's own values of what trains, which a run keeps beside. `refused` is whether the
+    compiler refuses the program for want of memory: the peak then is what it says that it takes, as
+    far as it says it.
     """
 
     weights: int
@@ -111,10 +120,15 @@ class Need:
     batch: int
     temporaries: int
     start: int = 0
+    refused: bool = False
 
     @property
     def peak(self) -> int:
-        return sum(dataclasses.astuple(self))
+        return sum(getattr(self, name) for name in NAMES)
+
+    def fits(self, limit: int) -> bool:
+        """Whether `limit` bytes of a device are enough."""
+        return not self.refused and self.peak <= limit
 
 
 def size_on_device(shapes: Any) -> int:
@@ -169,7 +183,8 @@ def lower(run: Run) -> tuple[jax.stages.Lowered, train_step.State, tree.Flat, di
         reparameterisation=run.reparameterisation,
         microbatches=run.microbatches,
     )
-    lowered = train_step.jit_step(step).lower(state, fixed, batch)
+    with jax.default_device(run.device):  # See `products.platform`.
+        lowered = train_step.jit_step(step, run.device.platform).lower(state, fixed, batch)
     return lowered, state, fixed, batch
 
 
@@ -191,23 +206,42 @@ def _prompt_layout(run: Run) -> tree.Flat:
 def need(run: Run) -> Need:
     """Compiles the run's train step and reads off what it needs."""
     lowered, state, fixed, batch = lower(run)
-    options = CPU_OPTIONS if jax.default_backend() == "cpu" else {}
-    found = lowered.compile(compiler_options=options)
-    stats = found.memory_analysis()
-    if stats is None:
-        raise ValueError(f"the backend {jax.default_backend()!r} does not say what memory it needs")
-    # Results that do not lie where an argument lay.
-    fresh = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    return Need(
+    options = CPU_OPTIONS if run.device.platform == "cpu" else {}
+    counted = Need(
         weights=shared_size(fixed, run.mesh),
         trained=size_on_device(state["trainable"]),
         optimizer=size_on_device(state["opt"]),
         batch=size_on_device(batch),
-        temporaries=stats.temp_size_in_bytes + max(fresh, 0) + stats.generated_code_size_in_bytes,
+        temporaries=0,
         start=size_on_device(
             {k: x for k, x in state["trainable"].items() if not k.startswith("prompt/")}
         ),
     )
+    try:
+        stats = lowered.compile(compiler_options=options).memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        others = max(0, said_in_refusing(str(error)) - (counted.peak - counted.start))
+        return dataclasses.replace(counted, temporaries=others, refused=True)
+    if stats is None:
+        raise ValueError(f"the backend {run.device.platform!r} does not say what memory it needs")
+    # Results that do not lie where an argument lay.
+    fresh = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    temporaries = stats.temp_size_in_bytes + max(fresh, 0) + stats.generated_code_size_in_bytes
+    return dataclasses.replace(counted, temporaries=temporaries)
+
+
+def said_in_refusing(text: str) -> int:
+    """Bytes that a program takes with its arguments, as a TPU's compiler refuses it; 0 if unsaid.
+
+    It says 'memory required … (40.00G) exceeds available HBM (15.75G)' or 'Used 40.00G of 15.75G'.
+    """
+    found = re.search(r"\(([\d.]+)([KMGT])\) exceeds|Used ([\d.]+)([KMGT]) of", text)
+    if not found:
+        return 0
+    number, unit = (group for group in found.groups() if group)
+    return int(float(number) * 2 ** (10 * (1 + "KMGT".index(unit))))
 
 
 # --- what fits ----------------------------------------------------------------------------------
@@ -258,7 +292,7 @@ def suggest(
     for every policy of rematerialisation, cheapest first, the fewest microbatches that fit; if none
     does, the same with int8 weights. Needs grow linearly with rows, so few candidates compile.
     """
-    if first.peak <= limit:
+    if first.fits(limit):
         return _larger(run, first, limit, measure)
     found = []
     for weights in dict.fromkeys((run.weights, "int8")):
@@ -286,7 +320,7 @@ def _larger(run: Run, first: Need, limit: int, measure) -> list[tuple[Run, Need]
     while times > 1:
         larger = run.but(rows=run.rows * times, batch_size=run.batch_size * times)
         needed = measure(larger)
-        if needed.peak <= limit:
+        if needed.fits(limit):
             return [(larger, needed)]
         times //= 2
     return [(run, first)]
@@ -297,14 +331,14 @@ def _fewest_parts(run: Run, limit: int, measure) -> tuple[Run, Need] | None:
     most = (run.batch_size or run.rows) // run.mesh.shape["data"]
     candidates = [run.cut(n) for n in range(run.microbatches, most + 1) if most % n == 0]
     least, least_need = candidates[-1], measure(candidates[-1])
-    if least_need.peak > limit:
+    if not least_need.fits(limit):
         return None
     # One row costs at most what a part of one row does: a first guess that is rather too low.
     room = (limit - (least_need.peak - least_need.temporaries)) / least_need.temporaries
     for candidate in candidates[:-1]:
         if candidate.part <= room * least.part:
             needed = measure(candidate)
-            if needed.peak <= limit:
+            if needed.fits(limit):
                 return candidate, needed
     return least, least_need
 
@@ -385,16 +419,16 @@ def report(run: Run, found: Need, limit: int | None) -> str:
     gib = 2**30
     kept = run.weights or jnp.dtype(run.cfg.dtype).name
     lines = [
-        f"one train step on {run.mesh.size} x {run.mesh.devices.flat[0].device_kind} "
+        f"one train step on {run.mesh.size} x {run.device.device_kind} "
         f"(mesh {dict(run.mesh.shape)}): {describe(run)}",
         f"encoder length {run.encoder_length} (prompt {run.prompt_length}), target length "
         f"{run.targets_length}, weights {kept}, activations {jnp.dtype(run.cfg.dtype).name}",
         "per device, GiB",
     ]
-    for name, size in dataclasses.asdict(found).items():
-        lines.append(f"  {NAMES[name]:28} {size / gib:9.3f}")
+    for name, title in NAMES.items():
+        lines.append(f"  {title:28} {getattr(found, name) / gib:9.3f}")
     lines.append(f"  {'peak':28} {found.peak / gib:9.3f}")
-    if run.mesh.devices.flat[0].platform == "cpu":
+    if run.device.platform == "cpu":
         lines.append(
             "on a CPU kernels take memory of their own, which is not counted: allow for a third "
             "more, with REMAT='full' for half"
@@ -402,7 +436,9 @@ def report(run: Run, found: Need, limit: int | None) -> str:
     if limit is None:
         lines.append("the device's memory is not known: give --device_memory=80GiB")
         return "\n".join(lines)
-    fits = "fits" if found.peak <= limit else "does not fit"
+    fits = "fits" if found.fits(limit) else "does not fit"
+    if found.refused:
+        fits += ": the device's compiler refuses it for want of memory"
     lines.append(f"  {'device':28} {limit / gib:9.3f}  {fits}")
     return "\n".join(lines)
 
@@ -441,15 +477,20 @@ def describe(run: Run) -> str:
 
 
 def dry_run(
-    settings: Mapping[str, Any], stated: str | None = None, labels: int = 0
+    settings: Mapping[str, Any],
+    stated: str | None = None,
+    labels: int = 0,
+    elsewhere: str | None = None,
 ) -> Iterator[str]:
     """What `launch.train` with these keyword arguments needs, then what fits, as texts.
 
-    `stated` is the device's memory. The second text takes a few more compilations.
+    `stated` is the device's memory. `elsewhere` names devices to compile for (see
+    `topology.describe`), None takes those at hand. The second text takes a few more compilations.
     """
-    mesh = settings["mesh"]()
+    devices, room = topology.describe(elsewhere) if elsewhere else (None, None)
+    mesh = settings["mesh"](among=devices)
     run = of_settings(settings, mesh, labels)
-    limit = parse_size(stated) if stated else device_memory(mesh)
+    limit = parse_size(stated) if stated else room or device_memory(mesh)
     found = need(run)
     yield report(run, found, limit)
     if limit is not None:

@@ -3,7 +3,7 @@
 One device is a 1×1 mesh, not another branch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,15 +29,24 @@ LOGICAL_AXIS_RULES: tuple[tuple[str, str | None], ...] = (
 ALIGNMENT = 64
 
 
-def make_mesh(data: int = -1, model: int = 1, devices: int | None = None) -> Mesh:
-    """A mesh of `data × model` devices; `data = -1` takes what `model` leaves of all devices."""
+def make_mesh(
+    data: int = -1,
+    model: int = 1,
+    devices: int | None = None,
+    among: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """A mesh of `data × model` devices; `data = -1` takes what `model` leaves of all devices.
+
+    `devices` takes so many, the first ones of `among` (default: those that JAX has).
+    """
     for name, value, free in (("DATA_PARTITIONS", data, -1), ("MODEL_PARTITIONS", model, 1)):
         whole = isinstance(value, int) and not isinstance(value, bool)
         if not whole or value < 1 and value != free:
             rest = " or -1 for all that are left" if free < 0 else ""
             raise ValueError(f"{name} is {value!r}, expected a number of devices{rest}")
     # Each host's devices are neighbours, so that its rows of a batch are neighbours too.
-    available = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))[:devices]
+    found = jax.devices() if among is None else among
+    available = sorted(found, key=lambda d: (d.process_index, d.id))[:devices]
     if data == -1:
         data = max(1, len(available) // model)
     if data * model != len(available):

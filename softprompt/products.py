@@ -12,6 +12,12 @@ import jax.numpy as jnp
 Array = jax.Array
 
 
+def platform() -> str:
+    """What is traced for: the platform of `jax.default_device`, or else JAX's own."""
+    device = jax.config.jax_default_device
+    return getattr(device, "platform", device) or jax.default_backend()
+
+
 def _einsum(spec: str, x: Array, y: Array, dtype: Any) -> Array:
     """`jnp.einsum(spec, x, y)`, accumulated in float32 and returned as `dtype`.
 
@@ -23,7 +29,7 @@ def _einsum(spec: str, x: Array, y: Array, dtype: Any) -> Array:
     of_x, of_y = operands.split(",")
     if out[-1] not in of_y:
         of_x, of_y, x, y = of_y, of_x, y, x
-    if jax.default_backend() != "cpu":
+    if platform() != "cpu":
         return jnp.einsum(f"{of_x},{of_y}->{out}", x, y, preferred_element_type=dtype)
     shared = [axis for axis in of_x if axis in of_y and axis in out]
     in_front, behind = (_leading(shared, axes) for axes in (of_x, out))

@@ -163,18 +163,18 @@ def make_step(
     return step
 
 
-def jit_step(step: Callable) -> Any:
+def jit_step(step: Callable, platform: str | None = None) -> Any:
     """`jax.jit(step)`, whose first argument is given away, with XLA's options for a train step."""
-    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
+    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(platform))
 
 
-def compiler_options() -> dict[str, Any]:
-    """XLA's options for a step: its schedule must save the memory that the program does.
+def compiler_options(platform: str | None = None) -> dict[str, Any]:
+    """XLA's options for a step on `platform` (default: JAX's): its schedule must save memory.
 
     XLA's CPU backend orders operations for concurrency unless told otherwise, and begins what the
     backward pass recomputes, and the wider copies of int8 weights, long before they are needed.
     """
-    if jax.default_backend() != "cpu":
+    if (platform or jax.default_backend()) != "cpu":
         return {}
     return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
