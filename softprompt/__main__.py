@@ -262,9 +262,10 @@ def _run_gin(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> int:
 
 def _use_data(args: argparse.Namespace) -> None:
     """Tells what reads data of the folders that the flags name."""
-    from softprompt.importing import import_seqio
+    from softprompt.importing import hide_accelerators, import_seqio
     from softprompt.tasks import sources
 
+    hide_accelerators()  # Where a gin file's import brought TensorFlow.
     if args.data_dir:
         sources.use_data_dir(args.data_dir)
     if args.tfds_data_dir:

@@ -220,9 +220,9 @@ def fingerprint(parts: Sequence[Examples]) -> str:
 def get_tasks(name: str) -> list[tuple[Any, float]]:
     """The tasks of a task or mixture, with their rates.
 
-    Definitions of `softprompt.tasks.catalogue` are taken as they are, but where seqio is to read
-    its offline caches; what is not among them is seqio's. An unknown name is an error that lists
-    near names.
+    Definitions of `softprompt.tasks.catalogue` are taken as they are, but where the program goes by
+    seqio: it imported `softprompt.tasks.registry`, or has offline caches. What is not among them is
+    seqio's. An unknown name is an error that lists near names.
     """
     import difflib
 
@@ -230,7 +230,8 @@ def get_tasks(name: str) -> list[tuple[Any, float]]:
 
     seqio = sys.modules.get("seqio")
     if name in catalogue.names():
-        if seqio is None or not seqio.get_global_cache_dirs():
+        cached = seqio is not None and seqio.get_global_cache_dirs()
+        if not cached and "softprompt.tasks.registry" not in sys.modules:
             return catalogue.find(name)
         from softprompt.tasks import registry  # noqa: F401 (registers what is defined)
     known = set(catalogue.names())

@@ -147,7 +147,14 @@ def _of_object(
 
 def _as_floats(found: Sequence[Mapping[str, Any]]) -> Figures:
     """All figures, seqio's `Scalar` among them."""
-    return {k: float(getattr(v, "value", v)) for figures in found for k, v in figures.items()}
+    values = {k: getattr(v, "value", v) for figures in found for k, v in figures.items()}
+    for name, value in values.items():
+        try:
+            values[name] = float(value)
+        except (TypeError, ValueError):
+            kind = type(values[name]).__name__
+            raise ValueError(f"the metric {name!r} is a {kind}, expected a number") from None
+    return values
 
 
 def target_text(record: Mapping[str, Any], vocabulary: Vocabulary) -> str:

@@ -28,11 +28,11 @@ def import_seqio() -> ModuleType:
         try:
             with _uncollected():
                 with _without("sklearn", "matplotlib"):
-                    import tensorflow as tf
+                    import tensorflow  # noqa: F401
                 import seqio
 
-            for accelerators in ("GPU", "TPU") if ours else ():
-                tf.config.set_visible_devices([], accelerators)
+            if ours:
+                hide_accelerators()
             failed = False
         finally:
             sys.stderr.flush()
@@ -42,6 +42,13 @@ def import_seqio() -> ModuleType:
                 held.seek(0)
                 sys.stderr.write(held.read().decode(errors="replace"))
     return seqio
+
+
+def hide_accelerators() -> None:
+    """Leaves them to JAX, where TensorFlow is imported."""
+    if "tensorflow" in sys.modules:
+        for kind in ("GPU", "TPU"):
+            sys.modules["tensorflow"].config.set_visible_devices([], kind)
 
 
 @contextlib.contextmanager

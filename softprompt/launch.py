@@ -258,6 +258,8 @@ def train(
         from softprompt.tasks import pretraining
 
         pretraining.use_corpus(text_corpus)
+    if stream:
+        from softprompt.tasks import registry  # noqa: F401 (streams are seqio's)
     tasks = shared(load_tasks, mixture_or_task_name, mixture_or_task_module, user_data)
     rates = [rate for _, rate in tasks]
     class_labels = [eval_task.label_classes(task) for task, _ in tasks]

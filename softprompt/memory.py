@@ -488,7 +488,7 @@ def dry_run(
     `topology.describe`), None takes those at hand. The second text takes a few more compilations.
     """
     devices, room = topology.describe(elsewhere) if elsewhere else (None, None)
-    mesh = settings["mesh"](among=devices)
+    mesh = settings["mesh"](among=devices) if elsewhere else settings["mesh"]()
     run = of_settings(settings, mesh, labels)
     limit = parse_size(stated) if stated else room or device_memory(mesh)
     found = need(run)

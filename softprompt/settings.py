@@ -104,15 +104,19 @@ def check_patterns(**patterns: Any) -> None:
 
 
 def import_modules(modules: str | Sequence[str] | None) -> None:
-    """Imports the modules that register tasks; those that the package brings are only defined."""
+    """Imports the modules that register tasks.
+
+    The package's own tasks, if nothing else is named, are defined without seqio.
+    """
     named = modules is None or isinstance(modules, str) or are_texts(modules)
     check_kinds(MIXTURE_OR_TASK_MODULE=(modules, named, "a module's name, a list of them or None"))
-    for module in [modules] if isinstance(modules, str) else modules or []:
-        if module == BUILTIN:
-            from softprompt.tasks import builtin  # noqa: F401
+    names = [modules] if isinstance(modules, str) else modules or []
+    if set(names) <= {BUILTIN}:
+        from softprompt.tasks import builtin  # noqa: F401
 
-            continue
-        import_seqio()
+        return
+    import_seqio()
+    for module in names:
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:

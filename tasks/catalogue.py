@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from softprompt.logbook import track
 from softprompt.vocabulary import EMBEDDED, EOS_ID, AnyVocabulary, open_vocabulary
 
 # Kinds of an example's fields.
@@ -74,7 +75,7 @@ class Definition:
 
     def examples(self, split: str) -> list[Example]:
         """All examples of a split; a field of another kind than its own is an error."""
-        found = list(self.source(split))
+        found = list(track(self.source(split), f"{self.name}: reading {split}", "examples"))
         for name, kind in {"inputs": STRING, "targets": STRING, **self.extras}.items():
             wrong = {type(x[name]).__name__ for x in found if not _KINDS[kind](x[name])}
             if wrong:

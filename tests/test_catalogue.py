@@ -46,7 +46,7 @@ def test_a_vocabulary_is_bound_late(path):
 
 def check(name, split):
     definition, task = catalogue.tasks[name], seqio.get_mixture_or_task(name)
-    assert data.get_tasks(name) == [(definition, 1.0)]
+    assert catalogue.find(name) == [(definition, 1.0)] and data.get_tasks(name) == [(task, 1.0)]
     ours, theirs = data._records(definition, split), data._records(task, split)
     assert len(ours) == len(theirs) > 0 and all(map(same, ours, theirs))
     tied = sum(
@@ -83,7 +83,7 @@ def test_mixtures_have_the_rates_that_seqio_has():
     for name in catalogue.mixtures:
         mixture = seqio.get_mixture_or_task(name)
         theirs = [(task.name, mixture.get_rate(task)) for task in mixture.tasks]
-        assert theirs == [(task.name, rate) for task, rate in data.get_tasks(name)]
+        assert theirs == [(task.name, rate) for task, rate in catalogue.find(name)]
 
 
 def test_seqio_reads_a_definition_where_it_has_caches(tmp_path, monkeypatch):
@@ -108,7 +108,7 @@ def test_a_definition_replaces_one_of_its_name_also_in_seqio(tmp_path):
     for text in ("first", "second"):
         (tmp_path / f"{text}.jsonl").write_text(f'{{"text": "{text}", "label": "x"}}\n')
         user.define_task("catalogue_mine", validation_file=tmp_path / f"{text}.jsonl")
-        [(definition, _)] = data.get_tasks("catalogue_mine")
+        [(definition, _)] = catalogue.find("catalogue_mine")
         task = seqio.get_mixture_or_task("catalogue_mine")
         for found, expected in ((definition, text), (task, text.encode())):
             [record] = data._records(found, "validation")
@@ -141,7 +141,8 @@ def test_a_run_on_files_imports_no_tensorflow(tmp_path):
              "--gin.MODEL_DIR='m'", f"--gin.TASK_FEATURE_LENGTHS={lengths}"]  # fmt: skip
     assert run(flags, 1, tmp_path) == ["0", "False", "False"]
     # A module of one's own needs seqio; the run is the same one.
-    (tmp_path / "mine.py").write_text("import seqio\n")
+    mixture = 'seqio.MixtureRegistry.add("mixed", ["embedded_sentiment"], 1.0)'
+    (tmp_path / "mine.py").write_text(f"import seqio\n{mixture}\n")
     modules = "['softprompt.tasks.registry', 'mine']"
     flags += [f"--gin.MIXTURE_OR_TASK_MODULE={modules}"]
     assert run(flags, 2, tmp_path) == ["0", "True", "True"]
