@@ -36,6 +36,7 @@ from softprompt.settings import (
     check_settings,
     import_modules,
 )
+from softprompt.tasks import catalogue
 from softprompt.tree import Flat
 
 Pair = tuple[str, str]
@@ -127,8 +128,6 @@ def examples_of(
     """Examples and their judge, from pairs or from a seqio task's name."""
     vocabulary = _vocabulary(backbone)
     if isinstance(source, str | os.PathLike):
-        from softprompt.tasks import catalogue
-
         import_modules(BUILTIN)
         catalogue.use_vocabulary(vocabulary.path)
         tasks = data.get_tasks(str(source))

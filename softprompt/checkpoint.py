@@ -65,8 +65,12 @@ def _sort_header(content: bytes) -> bytes:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes bytes next to `path`, flushes them to disk, renames; the first process alone does."""
-    if not hosts.first():
-        return
+    if hosts.first():
+        replace(path, content)
+
+
+def replace(path: Path, content: bytes) -> None:
+    """`write_atomically` by each process, to a folder of its own."""
     path = pathlib.Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

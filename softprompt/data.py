@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from softprompt.logbook import track
+from softprompt.tasks import catalogue
 from softprompt.vocabulary import EOS_ID, Vocabulary
 
 Batch = dict[str, np.ndarray]
@@ -226,8 +227,6 @@ def get_tasks(name: str) -> list[tuple[Any, float]]:
     """
     import difflib
 
-    from softprompt.tasks import catalogue
-
     seqio = sys.modules.get("seqio")
     if name in catalogue.names():
         cached = seqio is not None and seqio.get_global_cache_dirs()
@@ -303,8 +302,6 @@ def from_task(task: Any, split: str, lengths: Mapping[str, int]) -> Examples:
     if kept is None:
         records = _records(task, split)
     else:
-        from softprompt.tasks import catalogue
-
         key = (task, split, catalogue.vocabulary_path())
         if key not in kept:
             kept[key] = _records(task, split)
@@ -319,8 +316,6 @@ def _records(task: Any, split: str) -> list[dict[str, Any]]:
         raise ValueError(
             f"task {task.name} has no split {split!r}; it has {', '.join(task.splits)}"
         )
-    from softprompt.tasks import catalogue
-
     cached = None
     if isinstance(task, catalogue.Definition):
         records = task.records(split)

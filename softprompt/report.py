@@ -283,17 +283,17 @@ def _of_task(found: Predictions, of: Run) -> Html:
                 f"predictions of {found.task} in {str(of.folder)!r}, line {number}: expected an "
                 f"object with input, target and prediction"
             )
+    step = "" if found.step is None else f", step {found.step:,}"
+    parts: list[Any] = []
+    if len(of.predictions) > 1 or found.task != of.facts.get("task"):
+        parts.append(tag("h3", found.task))
     if scored:
-        return _of_scores(found)
+        return page.join(*parts, _of_scores(rows, step))
     wrong = [r for r in rows if r["prediction"] != r["target"]]
     right = [r for r in rows if r["prediction"] == r["target"]]
 
     wrong.sort(key=confidence, reverse=True)
     right.sort(key=confidence)
-    step = "" if found.step is None else f", step {found.step:,}"
-    parts: list[Any] = []
-    if len(of.predictions) > 1 or found.task != of.facts.get("task"):
-        parts.append(tag("h3", found.task))
     parts.append(
         tag(
             "p",
@@ -322,10 +322,9 @@ def _of_task(found: Predictions, of: Run) -> Html:
     return page.join(*parts)
 
 
-def _of_scores(found: Predictions) -> Html:
+def _of_scores(rows: Sequence[Mapping[str, Any]], step: str) -> Html:
     """Of a task whose metrics judge the targets' scores: the least likely targets."""
-    rows = sorted(found.rows, key=lambda row: row["target_score"])
-    step = "" if found.step is None else f", step {found.step:,}"
+    rows = sorted(rows, key=lambda row: row["target_score"])
     cells = [[_cut(r["input"]), _cut(r["target"]), float(r["target_score"])] for r in rows[:WRONG]]
     header = ["input", "target", "log-likelihood, nats"]
     return page.join(

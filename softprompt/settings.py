@@ -11,6 +11,7 @@ from typing import Any
 from softprompt import data
 from softprompt.backbone import Backbone
 from softprompt.importing import import_seqio
+from softprompt.tasks import catalogue
 from softprompt.vocabulary import AnyVocabulary
 
 # The module of the tasks that the package brings.
@@ -19,7 +20,7 @@ BUILTIN = "softprompt.tasks.registry"
 
 @dataclasses.dataclass(frozen=True)
 class UserData:
-    """A user's own data set, as files: see `softprompt.tasks.user.register_task`."""
+    """A user's own data set, as files: see `softprompt.tasks.user.define_task`."""
 
     train_file: str | None = None
     validation_file: str | None = None
@@ -155,8 +156,6 @@ def load_tasks(name: str, modules: str | Sequence[str] | None, user: UserData | 
 
 def use_vocabulary(backbone: Backbone) -> AnyVocabulary:
     """Makes the backbone's vocabulary the one that tasks are tokenised with."""
-    from softprompt.tasks import catalogue
-
     if backbone.vocabulary is None:
         raise ValueError(f"the backbone {backbone.name!r} has no vocabulary; give VOCABULARY_FILE")
     catalogue.use_vocabulary(backbone.vocabulary.path)

@@ -8,7 +8,6 @@ which holds every vote, gives the same result again.
 """
 
 import dataclasses
-import json
 import math
 import os
 import pathlib
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from softprompt import checkpoint, eval_task, evaluation, tree
+from softprompt import eval_task, evaluation, tree
 from softprompt.eval_task import EvalTask
 from softprompt.evaluation import Predictor
 
@@ -103,28 +102,20 @@ def collect(predictor: Predictor, flat: tree.Flat, task: EvalTask) -> Votes:
     )
 
 
-def write_predictions(path: str | os.PathLike, task: EvalTask, votes: Votes) -> None:
-    """One JSON object per example: input, target, the vote, its agreement, and every vote."""
+def columns(votes: Votes) -> dict[str, list[Any]]:
+    """For each example the vote, its agreement, and every vote."""
     chosen = votes.majority()
-    agreement = votes.agreement(chosen)
-    mean = None if votes.labels is None else votes.probabilities()
-    lines = []
-    for i, record in enumerate(task.examples.records):
-        row = {
-            "input": eval_task.plain(record.get("inputs_pretokenized", "")),
-            "target": eval_task.plain(record.get("targets_pretokenized", "")),
-            "prediction": chosen[i],
-            "agreement": round(float(agreement[i]), DIGITS),
-        }
-        if "idx" in record:
-            row["idx"] = eval_task.plain(record["idx"])
-        if mean is not None:
-            row["mean_probability"] = {
-                label: round(float(p), 6) for label, p in zip(votes.labels, mean[i], strict=True)
-            }
-        row["votes"] = [_vote(votes, n, i) for n in range(len(votes.texts))]
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    checkpoint.write_atomically(path, "".join(lines).encode())
+    found = {
+        "prediction": chosen,
+        "agreement": [round(float(x), DIGITS) for x in votes.agreement(chosen)],
+    }
+    if votes.labels is not None:
+        found["mean_probability"] = [
+            {label: round(float(p), 6) for label, p in zip(votes.labels, mean, strict=True)}
+            for mean in votes.probabilities()
+        ]
+    prompts = range(len(votes.texts))
+    return found | {"votes": [[_vote(votes, n, i) for n in prompts] for i in range(len(chosen))]}
 
 
 def _vote(votes: Votes, n: int, i: int) -> dict[str, Any]:
@@ -232,6 +223,6 @@ def evaluate(
         votes = collect(predictor, flat, task)
         if folder is not None:
             path = pathlib.Path(folder) / "predictions" / f"{task.name}.jsonl"
-            write_predictions(path, task, votes)
+            evaluation.write_predictions(path, task, columns(votes))
         found[task.name] = report(names, task, votes, choose)
     return found

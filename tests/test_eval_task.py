@@ -2,6 +2,7 @@
 
 import functools
 import json
+import types
 
 import flax.struct
 import numpy as np
@@ -116,9 +117,9 @@ def test_functions_of_scores_judge_the_targets_log_likelihoods(make, tiny, tmp_p
     np.testing.assert_allclose([row["target_score"] for row in rows], expected, atol=2e-3)
     assert [row["target"] for row in rows] == ["yes", "not at all"] * 3
     assert "prediction" not in rows[0]
-    assert "The least likely targets" in report._of_task(
-        runs.Predictions(task.name, None, rows, None), None
-    )
+    found = runs.Predictions(task.name, None, rows, None)
+    run = types.SimpleNamespace(predictions=[found], facts={"task": task.name})
+    assert "The least likely targets" in report._of_task(found, run)
 
     behind = evaluation.Predictor(tiny, 0, batch_size=4, prefix=(7, 9))
     found = behind.score_targets(tiny.params, task.examples)

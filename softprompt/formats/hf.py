@@ -319,7 +319,7 @@ def _added_tokens(folder: pathlib.Path, size: int) -> list[str]:
     Sentinels are not among them.
     """
     added: dict[str, Any] = {}
-    if (folder / tokenizer.FILE).is_file():
+    if not (folder / VOCABULARY_FILE).is_file():
         added |= tokenizer.added_tokens(checkpoint.read_object(folder / tokenizer.FILE))
     if (folder / "added_tokens.json").is_file():
         added |= checkpoint.read_object(folder / "added_tokens.json")

@@ -6,10 +6,8 @@ their scores (a unigram model) and SentencePiece's table of normalisation.
 
 import base64
 import hashlib
-import os
 import pathlib
 import re
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,11 +39,7 @@ def sentencepiece_file(path: pathlib.Path) -> pathlib.Path | None:
     target = target / f"{hashlib.sha256(model).hexdigest()[:16]}.model"
     if not target.is_file():
         # Of several processes each may have a cache of its own.
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=target.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(model)
-        os.replace(temporary, target)
+        checkpoint.replace(target, model)
     return target
 
 
