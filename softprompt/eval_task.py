@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from softprompt import data
+from softprompt.logbook import say
 from softprompt.vocabulary import EOS_ID, Vocabulary
 
 TOKENS = "tokens"
@@ -41,17 +42,17 @@ class EvalTask:
         return self.examples.name
 
     def figures(self, predictions: Sequence[str]) -> Figures:
-        """Figures of predicted strings.
+        """Figures of predicted strings; see `check_predicted`."""
+        self.check_predicted()
+        return self.judge(list(predictions))
 
-        Raises:
-          ValueError: its metrics judge something else.
-        """
+    def check_predicted(self) -> None:
+        """Raises unless some of its metrics judge predictions."""
         if self.judge is None:
             raise ValueError(
-                f"the metrics of {self.name} judge the scores of its targets, which only an "
-                f"evaluation of one prompt gives, expected some that judge predictions"
+                f"the metrics of {self.name} judge the scores of its targets alone, expected some "
+                f"that judge predictions: only an evaluation of one prompt does without"
             )
-        return self.judge(list(predictions))
 
     def named(self, figures: Figures, several: bool) -> Figures:
         """The figures with the task's name before each where it is one of several."""
@@ -75,12 +76,20 @@ def from_task(
 
     As by seqio's `Evaluator`, metric functions of `(targets, predictions)` are given what the
     postprocessor makes of strings, those of `(targets, scores)` the targets' log-likelihoods, and
-    metric objects what their `model_output_type` asks for.
+    metric objects what their `model_output_type` asks for. Those of `aux_values` are left out, and
+    a line says so.
 
     Raises:
-      ValueError: it has metrics of another kind.
+      ValueError: all its metrics are of another kind.
     """
-    objects = _metric_objects(task)
+    objects, others = _metric_objects(task)
+    scored = bool(task.score_metric_fns or objects[SCORE])
+    predicted = bool(task.predict_metric_fns or objects[PREDICTION])
+    if others:
+        said = f"the task {task.name} has the metrics {', '.join(others)}"
+        if not scored and not predicted:
+            raise ValueError(f"{said}, expected some of predictions or of the targets' scores")
+        say(f"{said}, which are left out: predictions and the targets' scores are judged")
     examples = data.from_task(task, split, feature_lengths)
     records = examples.records
     targets = [
@@ -102,8 +111,6 @@ def from_task(
         of_object = functools.partial(_of_object, task, records, scores, vocabulary)
         return _as_floats(found + [of_object(metric) for metric in objects[SCORE]])
 
-    scored = bool(task.score_metric_fns or objects[SCORE])
-    predicted = bool(task.predict_metric_fns or objects[PREDICTION])
     return EvalTask(
         examples,
         label_classes(task),
@@ -112,8 +119,11 @@ def from_task(
     )
 
 
-def _metric_objects(task: Any) -> dict[str, list[Any]]:
-    """A task's metric objects by what they judge: its functions are not among them."""
+def _metric_objects(task: Any) -> tuple[dict[str, list[Any]], list[str]]:
+    """A task's metric objects by what they judge, and what those of its metrics are that do not.
+
+    Its functions are not among the objects.
+    """
     objects = task.metric_objs[: len(task.metric_objs) - len(task.metric_fns)]
     found: dict[str, list[Any]] = {PREDICTION: [], SCORE: []}
     others = [f"{f.__name__} of aux_values" for f in task.predict_with_aux_metric_fns]
@@ -121,12 +131,7 @@ def _metric_objects(task: Any) -> dict[str, list[Any]]:
         kind = metric.model_output_type.name
         others += [] if kind in found else [f"{metric!r} of {kind}"]
         found.get(kind, []).append(metric)
-    if others:
-        raise ValueError(
-            f"the task {task.name} has the metrics {', '.join(others)}, expected some that judge "
-            f"predictions or the targets' scores alone"
-        )
-    return found
+    return found, others
 
 
 def _of_object(

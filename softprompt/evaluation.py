@@ -206,12 +206,15 @@ class Predictor:
             total += np.asarray(self._losses(flat, batch), np.float64).sum(-1)
         return float(total[0] / total[1])
 
-    def score_targets(self, flat: tree.Flat, examples: data.Examples) -> np.ndarray:
+    def score_targets(
+        self, flat: tree.Flat, examples: data.Examples, which: Sequence[int] | None = None
+    ) -> np.ndarray:
         """Log-likelihood `[examples]` of each example's own target, in nats."""
         prefix = np.array(self.prefix, np.int32)
         targets = [np.concatenate([prefix, ids]) for ids in examples.targets]
         scores = np.zeros(len(examples), np.float32)
-        for indices, batch in self._batches(dataclasses.replace(examples, targets=targets)):
+        examples = dataclasses.replace(examples, targets=targets)
+        for indices, batch in self._batches(examples, which):
             scores[indices] = -np.asarray(self._losses(flat, batch))[0, : len(indices)]
         return scores
 

@@ -140,11 +140,15 @@ def size_on_device(shapes: Any) -> int:
 
 
 def shared_size(shapes: tree.Flat, mesh: jax.sharding.Mesh) -> int:
-    """Bytes of frozen arrays on each device; those of a CPU share one copy."""
+    """Bytes of frozen arrays on each device; those of a CPU share one copy of every shard."""
     if mesh.devices.flat[0].platform != "cpu":
         return size_on_device(shapes)
-    whole = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in shapes.values())
-    return -(-whole // len(mesh.local_devices))
+    held = 0
+    for x in shapes.values():
+        indices = x.sharding.addressable_devices_indices_map(x.shape).values()
+        distinct = {partition.span(index, x.shape) for index in indices}
+        held += len(distinct) * size_on_device(x)
+    return -(-held // len(mesh.local_devices))
 
 
 def lower(run: Run) -> tuple[jax.stages.Lowered, train_step.State, tree.Flat, dict[str, Any]]:

@@ -122,17 +122,34 @@ def place(x: Any, sharding: NamedSharding) -> jax.Array:
 
 
 def place_frozen(x: np.ndarray, dtype: Any, sharding: NamedSharding) -> jax.Array:
-    """`place` of a copy of `x` as `dtype`, in memory that the devices of a CPU share.
+    """`place` of a copy of `x` as `dtype`: one copy of each shard, which a CPU's devices share.
 
     XLA takes an array on the host as it is where its address is a multiple of `ALIGNMENT`, and
     copies it for each device where it is not. What is shared is never written: a program that is
     given it to reuse (donation) takes memory of its own.
     """
+    copies: dict[Any, np.ndarray] = {}
+
+    def shard(index: tuple[slice, ...]) -> np.ndarray:
+        key = span(index, x.shape)
+        if key not in copies:
+            copies[key] = _aligned(x[index], dtype)
+        return copies[key]
+
+    return jax.make_array_from_callback(x.shape, sharding, shard)
+
+
+def span(index: tuple[slice, ...], shape: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """The first entry and the end of a shard along each axis of an array, to tell shards apart."""
+    return tuple(part.indices(n)[:2] for part, n in zip(index, shape, strict=True))
+
+
+def _aligned(x: np.ndarray, dtype: Any) -> np.ndarray:
     room = np.empty(x.size * np.dtype(dtype).itemsize + ALIGNMENT, np.uint8)
     start = -room.ctypes.data % ALIGNMENT
     held = room[start : start + len(room) - ALIGNMENT].view(dtype).reshape(x.shape)
     np.copyto(held, x, casting="unsafe")
-    return place(held, sharding)
+    return held
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from softprompt import backbone as backbones
 from softprompt import (
@@ -121,6 +122,7 @@ def eval(
     )  # fmt: skip
     if together:
         for task in tasks:
+            task.check_predicted()
             eval_task.check_metric(best_metric, [task])
         alone = [banks.alone(backbone, one) for one in read] if measure_cost else []
         return _ensemble(
@@ -233,6 +235,10 @@ def baseline(
                 task = dataclasses.replace(task, examples=primed)
             found, columns = evaluation.outputs(predictor, backbone.params, task)
         else:
+            task.check_predicted()
+            if task.judge_scores is not None:
+                left_out = task.judge_scores(np.zeros(len(task.examples)))
+                say(f"{task.name}: {method} scores no targets: without {', '.join(left_out)}")
             train_set = data.from_task(source, "train", task_feature_lengths)
             if method == "majority":
                 predictions = baselines.majority(train_set, task, vocabulary)

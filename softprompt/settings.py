@@ -1,10 +1,11 @@
 """What the binaries' settings name: lengths and counts, a user's files, tasks, a vocabulary."""
 
 import dataclasses
-import importlib
+import importlib.util
 import math
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -116,6 +117,10 @@ def import_modules(modules: str | Sequence[str] | None) -> None:
         from softprompt.tasks import builtin  # noqa: F401
 
         return
+    for module in names:  # What is misspelled is found before seqio is imported, for seconds.
+        package = module.partition(".")[0]
+        if package not in sys.modules and importlib.util.find_spec(package) is None:
+            raise ValueError(f"MIXTURE_OR_TASK_MODULE {module!r}: No module named {package!r}")
     import_seqio()
     for module in names:
         try:

@@ -62,7 +62,11 @@ class Vocabulary:
                 score=0.0,
                 type=sentencepiece_model_pb2.ModelProto.SentencePiece.USER_DEFINED,
             )
-        self._processor = SentencePieceProcessor(model_proto=model.SerializeToString())
+        try:
+            self._processor = SentencePieceProcessor(model_proto=model.SerializeToString())
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{self.path!r} is not a SentencePiece model: {reason}") from None
 
     @property
     def size(self) -> int:

@@ -3,8 +3,9 @@
 Every example goes through the backbone once with each of N prompts, in the same batches. Labels
 that tie are told apart by their scores summed over all prompts, generated texts by the
 log-likelihood summed over the prompts that gave them; what still ties goes to the first label, or
-to the first prompt's text. Scores are rounded before they count, so that the predictions file,
-which holds every vote, gives the same result again.
+to the first prompt's text. A target that metrics judge by its score has the mean of the
+probabilities that the prompts give it. Scores are rounded before they count, so that the
+predictions file, which holds every vote, gives the same result again.
 """
 
 import dataclasses
@@ -32,11 +33,13 @@ class Votes:
       texts: `[N][E]`, each prompt's predictions.
       scores: log-likelihood `[N, E, C]` of each label, or `[N, E]` of each generated text, in nats.
       labels: the C labels that were ranked, or None where texts were generated.
+      target_scores: log-likelihood `[N, E]` of each target, in nats, where metrics judge them.
     """
 
     texts: Sequence[Sequence[str]]
     scores: np.ndarray
     labels: Sequence[str] | None
+    target_scores: np.ndarray | None = None
 
     def majority(self) -> list[str]:
         """The text with the most votes for each example."""
@@ -56,6 +59,10 @@ class Votes:
             raise ValueError("these votes are generated texts, expected labels for a probability")
         shifted = np.exp(self.scores - self.scores.max(-1, keepdims=True))
         return (shifted / shifted.sum(-1, keepdims=True)).mean(0)
+
+    def targets_together(self) -> np.ndarray:
+        """Log of each target's probability `[E]`, the mean over prompts."""
+        return np.logaddexp.reduce(self.target_scores, 0) - math.log(len(self.target_scores))
 
     def mean_probability(self) -> list[str]:
         """The label of the highest mean probability for each example."""
@@ -94,12 +101,15 @@ def collect(predictor: Predictor, flat: tree.Flat, task: EvalTask) -> Votes:
     else:
         texts, scores = predictor.generate_scored(flat, repeated, which)
         texts, labels = predictor.recognised(texts, task.labels), None
-    scores = np.asarray(scores, np.float64).reshape(len(task.examples), count, *scores.shape[1:])
-    return Votes(
-        [texts[k::count] for k in range(count)],
-        np.round(np.moveaxis(scores, 1, 0), DIGITS),
-        labels,
-    )
+
+    def of_prompts(values: np.ndarray) -> np.ndarray:
+        values = np.asarray(values, np.float64).reshape(-1, count, *values.shape[1:])
+        return np.round(np.moveaxis(values, 1, 0), DIGITS)
+
+    of_targets = None
+    if task.judge_scores is not None:
+        of_targets = of_prompts(predictor.score_targets(flat, repeated, which))
+    return Votes([texts[k::count] for k in range(count)], of_prompts(scores), labels, of_targets)
 
 
 def columns(votes: Votes) -> dict[str, list[Any]]:
@@ -114,6 +124,8 @@ def columns(votes: Votes) -> dict[str, list[Any]]:
             {label: round(float(p), 6) for label, p in zip(votes.labels, mean, strict=True)}
             for mean in votes.probabilities()
         ]
+    if votes.target_scores is not None:
+        found["target_score"] = [round(float(x), DIGITS) for x in votes.targets_together()]
     prompts = range(len(votes.texts))
     return found | {"votes": [[_vote(votes, n, i) for n in prompts] for i in range(len(chosen))]}
 
@@ -124,6 +136,8 @@ def _vote(votes: Votes, n: int, i: int) -> dict[str, Any]:
         found["log_likelihood"] = float(votes.scores[n, i])
     else:
         found["scores"] = dict(zip(votes.labels, votes.scores[n, i].tolist(), strict=True))
+    if votes.target_scores is not None:
+        found["target_score"] = float(votes.target_scores[n, i])
     return found
 
 
@@ -164,7 +178,13 @@ class Report:
 
 def report(names: Sequence[str], task: EvalTask, votes: Votes, choose) -> Report:
     """The figures of `votes`; `choose` makes of a prompt's figures the value to maximise."""
-    each = [task.figures(texts) for texts in votes.texts]
+    of_targets = [{}] * len(votes.texts)
+    together: dict[str, float] = {}
+    if votes.target_scores is not None:
+        of_targets = [task.judge_scores(scores) for scores in votes.target_scores]
+        together = task.judge_scores(votes.targets_together())
+    each = [task.figures(texts) | own for texts, own in zip(votes.texts, of_targets, strict=True)]
+    mean = None if votes.labels is None else task.figures(votes.mean_probability()) | together
     chosen = votes.majority()
     agreement = votes.agreement(chosen)
     whole = agreement == 1
@@ -179,8 +199,8 @@ def report(names: Sequence[str], task: EvalTask, votes: Votes, choose) -> Report
         prompts=each,
         average={k: float(np.mean([figures[k] for figures in each])) for k in each[0]},
         best=int(np.argmax([choose(figures) for figures in each])),
-        ensemble=task.figures(chosen),
-        mean_probability=None if votes.labels is None else task.figures(votes.mean_probability()),
+        ensemble=task.figures(chosen) | together,
+        mean_probability=mean,
         agreement=100 * float(agreement.mean()),
         unanimous=100 * float(whole.mean()),
         right_if_unanimous=share(right[whole]),

@@ -55,6 +55,7 @@ class Definition:
       metric_fns: as seqio's, of `(targets, predictions)`.
       postprocessor: as seqio's `postprocess_fn`; None for texts as they are.
       extras: fields besides `inputs` and `targets`, with their kinds.
+      made_of: what tells whether another definition would be the same one.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Definition:
     metric_fns: Sequence[Callable]
     postprocessor: Callable | None = None
     extras: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    made_of: Any = None
 
     score_metric_fns = predict_with_aux_metric_fns = metric_objs = ()
 
@@ -103,21 +105,39 @@ class Definition:
 tasks: dict[str, Definition] = {}
 # Of each mixture its tasks and their rates.
 mixtures: dict[str, list[tuple[str, float]]] = {}
-# Told of every definition from then on.
-followers: list[Callable[[Definition], None]] = []
+# Told the name of every task and mixture that is defined from then on.
+followers: list[Callable[[str], None]] = []
 
 
 def add(definition: Definition) -> Definition:
-    """Makes a task known; one of that name is replaced."""
-    tasks[definition.name] = definition
+    """Makes a task known; one of that name is replaced, unless it would be the same.
+
+    Raises:
+      ValueError: a mixture has the name.
+    """
+    name, before = definition.name, tasks.get(definition.name)
+    if name in mixtures:
+        raise ValueError(f"{name!r} is a mixture of tasks, expected another name for a task")
+    if before is not None and definition.made_of is not None:
+        if before.made_of == definition.made_of:
+            return before
+    tasks[name] = definition
     for follow in followers:
-        follow(definition)
+        follow(name)
     return definition
 
 
 def add_mixture(name: str, parts: Sequence[tuple[str, float]]) -> None:
-    """Makes a mixture of tasks known."""
+    """Makes a mixture of tasks known; one of that name is replaced.
+
+    Raises:
+      ValueError: a task has the name.
+    """
+    if name in tasks:
+        raise ValueError(f"{name!r} is a task, expected another name for a mixture")
     mixtures[name] = list(parts)
+    for follow in followers:
+        follow(name)
 
 
 def names() -> list[str]:

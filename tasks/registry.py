@@ -1,6 +1,6 @@
 """Importing this module registers every task with seqio, whatever was imported or parsed before.
 
-Tasks that are defined later are registered as they are.
+Tasks and mixtures that are defined later are registered as they are.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,12 +45,18 @@ def _column(values: Sequence[Any], kind: str) -> tf.Tensor | tf.RaggedTensor:
     return tf.constant(values, TYPES[kind], (len(values),))
 
 
-def register(definition: Definition) -> None:
-    """Registers a definition with seqio; a task of that name is replaced."""
-    if definition.name in seqio.TaskRegistry.names():
-        seqio.TaskRegistry.remove(definition.name)
-    seqio.TaskRegistry.add(
-        definition.name,
+def register(name: str) -> None:
+    """Registers a task or mixture of `catalogue` with seqio; one of that name is replaced."""
+    mixture = name in catalogue.mixtures
+    registry = seqio.MixtureRegistry if mixture else seqio.TaskRegistry
+    if name in registry.names():
+        registry.remove(name)
+    if mixture:
+        registry.add(name, catalogue.mixtures[name])
+        return
+    definition = catalogue.tasks[name]
+    registry.add(
+        name,
         source=seqio.FunctionDataSource(dataset_of(definition), splits=tuple(definition.splits)),
         preprocessors=[
             seqio.preprocessors.tokenize,
@@ -63,9 +69,7 @@ def register(definition: Definition) -> None:
     )
 
 
-for _definition in catalogue.tasks.values():
-    register(_definition)
+for _name in catalogue.names():
+    if _name not in seqio.MixtureRegistry.names():  # A mixture of one's own stays.
+        register(_name)
 catalogue.followers.append(register)
-for _name, _parts in catalogue.mixtures.items():
-    if _name not in seqio.MixtureRegistry.names():
-        seqio.MixtureRegistry.add(_name, _parts)

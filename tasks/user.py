@@ -9,12 +9,6 @@ from softprompt.tasks import catalogue, metrics, postprocessors, records
 from softprompt.tasks.catalogue import Definition
 
 
-def register_task(name: str, *files: Any, **settings: Any) -> None:
-    """Registers JSON Lines, CSV or TSV files as the seqio task `name`: see `define_task`."""
-    define_task(name, *files, **settings)
-    from softprompt.tasks import registry  # noqa: F401 (registers it)
-
-
 def define_task(
     name: str,
     train_file: str | os.PathLike | None = None,
@@ -26,6 +20,8 @@ def define_task(
     metric_fns: Sequence[Callable] | None = None,
 ) -> Definition:
     """JSON Lines, CSV or TSV files as the task `name` of `catalogue`.
+
+    It is seqio's task too where `softprompt.tasks.registry` is imported.
 
     Args:
       train_file, validation_file, test_file: those that there are; at least one.
@@ -60,4 +56,7 @@ def define_task(
     if metric_fns is None:
         metric_fns = [metrics.accuracy, metrics.illegal] if labels else [metrics.sequence_accuracy]
     postprocess_fn = labels and functools.partial(postprocessors.label_to_id, label_classes=labels)
-    return catalogue.add(Definition(name, examples, tuple(files), list(metric_fns), postprocess_fn))
+    made_of = (files, template, target, labels, list(metric_fns))
+    return catalogue.add(
+        Definition(name, examples, tuple(files), made_of[-1], postprocess_fn, made_of=made_of)
+    )

@@ -115,6 +115,32 @@ def test_a_definition_replaces_one_of_its_name_also_in_seqio(tmp_path):
             assert record["inputs_pretokenized"] == expected
 
 
+def test_files_that_are_named_again_are_the_same_task(tmp_path):
+    from softprompt.tasks import user
+
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a", "label": "x"}\n')
+    first = user.define_task("catalogue_again", path, labels=["x"])
+    task = seqio.get_mixture_or_task("catalogue_again")
+    assert user.define_task("catalogue_again", path, labels=["x"]) is first
+    assert seqio.get_mixture_or_task("catalogue_again") is task
+    assert user.define_task("catalogue_again", path, labels=["x", "y"]) is not first
+    assert seqio.get_mixture_or_task("catalogue_again") is not task
+
+
+def test_a_mixture_of_ones_own_reaches_seqio_and_keeps_its_name(tmp_path):
+    from softprompt.tasks import user
+
+    for rate in (1.0, 3.0):
+        catalogue.add_mixture("catalogue_mixed", [(EMBEDDED[0], rate), (EMBEDDED[1], 1.0)])
+        rates = {task.name: rate for task, rate in data.get_tasks("catalogue_mixed")}
+        assert rates == {EMBEDDED[0]: rate, EMBEDDED[1]: 1.0}
+    with pytest.raises(ValueError, match="'catalogue_mixed' is a mixture of tasks, expected anot"):
+        user.define_task("catalogue_mixed", tmp_path / "rows.jsonl")
+    with pytest.raises(ValueError, match=f"'{EMBEDDED[0]}' is a task, expected another name"):
+        catalogue.add_mixture(EMBEDDED[0], [(EMBEDDED[1], 1.0)])
+
+
 TRAIN = """if True:
     import sys
     from softprompt.__main__ import main
@@ -159,3 +185,14 @@ def test_unknown_names_are_told_without_seqio():
         in done.stderr
     )
     assert settings.BUILTIN == "softprompt.tasks.registry"
+    code = """if True:
+        import sys
+        from softprompt import settings
+        try:
+            settings.import_modules("no_such_package.tasks")
+        finally:
+            print("seqio" in sys.modules)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "MIXTURE_OR_TASK_MODULE 'no_such_package.tasks': No module named" in done.stderr
+    assert done.stdout == "False\n"

@@ -10,7 +10,17 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from softprompt import eval_task, evaluation, losses, report, runs, tree
+from softprompt import (
+    eval_task,
+    evaluation,
+    losses,
+    prompt,
+    report,
+    runs,
+    train,
+    tree,
+    voting,
+)
 from softprompt.prompted import PromptedT5
 from softprompt.tasks import catalogue, features
 
@@ -124,7 +134,7 @@ def test_functions_of_scores_judge_the_targets_log_likelihoods(make, tiny, tmp_p
     behind = evaluation.Predictor(tiny, 0, batch_size=4, prefix=(7, 9))
     found = behind.score_targets(tiny.params, task.examples)
     np.testing.assert_allclose(found, by_hand(tiny, task.examples, (7, 9)), rtol=1e-5)
-    with pytest.raises(ValueError, match="judge the scores of its targets, which only an eval"):
+    with pytest.raises(ValueError, match="judge the scores of its targets alone, expected some"):
         task.figures([""] * 6)
 
 
@@ -153,9 +163,41 @@ def test_metric_objects_give_what_their_functions_give(make, tiny):
     assert found | objects.judge_scores(scores) == expected
 
 
-def test_metrics_of_other_outputs_are_refused(make):
+def test_metrics_of_other_outputs_are_left_out_and_named(make, capsys):
+    assert list(make([with_aux, shouted]).blank()) == ["shouted"]
+    said = capsys.readouterr().out
+    assert "has the metrics with_aux of aux_values, which are left out" in said
     with pytest.raises(ValueError, match="has the metrics with_aux of aux_values, expected some"):
-        make([with_aux, shouted])
+        make([with_aux])
+
+
+def test_an_ensemble_scores_targets_by_their_mean_probability(make, tiny, tmp_path):
+    task = make([picked, shouted])
+    rng = np.random.default_rng(0)
+    prompts = [rng.normal(size=(n, tiny.cfg.emb_dim)).astype("f4") for n in (3, 2)]
+    bank, lengths = prompt.bank(prompts, tiny.cfg.emb_dim)
+    predictor = evaluation.Predictor(tiny, lengths, batch_size=4)
+    flat = {**tiny.params, train.PROMPT: bank}
+
+    def choose(figures):
+        return figures["picked"]
+
+    found = voting.evaluate(predictor, flat, [task], ["a", "b"], choose, tmp_path)[task.name]
+    alone = []
+    for array, figures in zip(prompts, found.prompts, strict=True):
+        single, params = (
+            evaluation.Predictor(tiny, len(array)),
+            {**tiny.params, train.PROMPT: array},
+        )
+        alone.append(single.score_targets(params, task.examples))
+        assert figures == evaluation.evaluate(single, params, [task])
+    together = np.log(np.exp(alone).mean(0))
+    assert found.ensemble["picked"] == task.judge_scores(together)["picked"]
+    rows = [json.loads(x) for x in open(tmp_path / "predictions" / f"{task.name}.jsonl")]
+    np.testing.assert_allclose([row["target_score"] for row in rows], together, atol=1e-3)
+    kept = [[vote["target_score"] for vote in row["votes"]] for row in rows]
+    np.testing.assert_allclose(kept, np.transpose(alone), atol=1e-3)
+    assert found.table().startswith("| prompt | shouted | picked |")
 
 
 def test_a_task_without_metrics_is_predicted(make, tiny):

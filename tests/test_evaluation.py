@@ -151,7 +151,7 @@ def test_labels_of_a_call_come_before_those_of_a_task(tiny, tmp_path, monkeypatc
 
     path = tmp_path / "rows.csv"
     path.write_text("text,label\na fine film,good\na dull film,bad\n")
-    user.register_task("free_text", validation_file=path)
+    user.define_task("free_text", validation_file=path)
 
     def asked(predictor, flat, tasks):
         return predictor.mode, tasks[0].labels, len(tasks[0].examples)

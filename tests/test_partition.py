@@ -20,7 +20,7 @@ sys.path.insert(0, sys.argv[1])
 import jax
 from conftest import TINY
 from test_train import fit
-from softprompt import backbone as backbones, evaluation, data, partition, train, tree
+from softprompt import backbone as backbones, evaluation, data, memory, partition, train, tree
 from softprompt.formats import native
 from softprompt.formats.stored import Stored
 from softprompt.vocabulary import Vocabulary
@@ -32,10 +32,13 @@ for shape in ((1, 1), (8, 1), (4, 2), (2, 4)):
     if not found:
         native.save(sys.argv[3], Stored.of("tiny", TINY, backbones.random(TINY, 0).params, words))
     backbone = backbones.load(sys.argv[3], dropout_rate=0.1, mesh=mesh)
-    for x in backbone.params.values():
+    held = {}
+    for path, x in backbone.params.items():
         # One copy for all devices that hold the same.
-        places = {shard.data.unsafe_buffer_pointer() for shard in x.addressable_shards}
-        assert len(places) == 1 or not x.is_fully_replicated, (shape, x.sharding)
+        for shard in x.addressable_shards:
+            held[path, shard.data.unsafe_buffer_pointer()] = shard.data.nbytes
+    assert sum(held.values()) == sum(x.nbytes for x in backbone.params.values()), shape
+    assert memory.shared_size(backbone.params, mesh) == -(-sum(held.values()) // mesh.size)
     kernel = backbone.params["encoder/layers_0/mlp/wi_0/kernel"]
     assert kernel.addressable_shards[0].data.shape == (24, 40 // shape[1])
     before = tree.fingerprint(backbone.params)

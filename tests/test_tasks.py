@@ -177,19 +177,17 @@ def test_a_benchmark_s_row_without_its_text_is_refused():
     assert only(preprocessors.squad(row))["answers"] == ["She"]
 
 
-def test_files_of_ones_own_become_a_seqio_task(tmp_path, vocabulary):
+def test_files_of_ones_own_become_a_task(tmp_path, vocabulary):
     path = tmp_path / "v.jsonl"
     path.write_text("".join(json.dumps({"q": f"n {i}", "y": i % 2}) + "\n" for i in range(4)))
-    user.register_task(
-        "mine", validation_file=path, template="q: {q}", target="y", labels=["e", "o"]
-    )
+    user.define_task("mine", validation_file=path, template="q: {q}", target="y", labels=["e", "o"])
     [(task, rate)] = data.get_tasks("mine")
     judged = eval_task.from_task(task, "validation", {"inputs": 16, "targets": 4}, vocabulary)
     assert rate == 1.0 and judged.labels == ["e", "o"]
     assert vocabulary.decode(judged.examples.inputs[1]) == "q: n 1"
     assert judged.judge(["e", "o", "o", "?"]) == {"accuracy": 50.0, "illegal": 1.0}
     with pytest.raises(ValueError, match="task 'mine': labels is 'e,o', expected a list of texts"):
-        user.register_task("mine", validation_file=path, labels="e,o")
+        user.define_task("mine", validation_file=path, labels="e,o")
 
 
 def test_a_label_beyond_the_vocabulary_is_still_itself(tmp_path, embedded, monkeypatch):
@@ -200,7 +198,7 @@ def test_a_label_beyond_the_vocabulary_is_still_itself(tmp_path, embedded, monke
     assert "_" not in vocabulary.decode(vocabulary.encode("not_so"))
     path = tmp_path / "v.jsonl"
     path.write_text("".join(json.dumps({"q": f"n {i}", "y": i % 2}) + "\n" for i in range(4)))
-    user.register_task("beyond", validation_file=path, template="q: {q}", target="y", labels=labels)
+    user.define_task("beyond", validation_file=path, template="q: {q}", target="y", labels=labels)
     [(task, _)] = data.get_tasks("beyond")
     judged = eval_task.from_task(task, "validation", {"inputs": 16, "targets": 8}, vocabulary)
     assert judged.judge(["so", "not_so", "not_so", "?"]) == {"accuracy": 50.0, "illegal": 1.0}
@@ -240,12 +238,12 @@ def cached_task(tmp_path, monkeypatch, vocabulary):
     """A task of one row, cached as another text than its file has."""
     import seqio
 
-    from softprompt.tasks import catalogue
+    from softprompt.tasks import catalogue, registry  # noqa: F401 (registers what is defined)
 
     catalogue.use_vocabulary(vocabulary.path)
     path = tmp_path / "train.jsonl"
     path.write_text(json.dumps({"text": "from the file", "label": "no"}) + "\n")
-    user.register_task("cached_task", train_file=path, validation_file=path)
+    user.define_task("cached_task", train_file=path, validation_file=path)
     texts = {"inputs_pretokenized": "from the cache", "targets_pretokenized": "yes"}
     tokens = {k.split("_")[0]: vocabulary.encode(v) for k, v in texts.items()}
     write_cache(tmp_path / "caches" / "cached_task", [{**texts, **tokens}])

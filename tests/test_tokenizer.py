@@ -110,6 +110,10 @@ def test_other_sentinels_and_bytes_stay_pieces(tmp_path, vocabulary):
         ({"unk_id": 0}, "id of its unknown token is 0, expected 2"),
         ({"vocab": [["a"]]}, "no tokenizer of a T5"),
         ({"vocab": None}, "no tokenizer of a T5"),
+        (
+            {"vocab": [["<pad>", 0.0], ["</s>", 0.0], ["<unk>", 0.0], ["a", 0.0], ["a", 0.0]]},
+            "no tokenizer of a T5: .*a is already defined",
+        ),
     ],
 )
 def test_a_file_of_another_form_is_named(tmp_path, vocabulary, change, message):

@@ -79,12 +79,12 @@ def rows_file(path, words):
 def test_the_command_trains_evaluates_goes_on_and_grows(tiny_folder, tmp_path, capsys):
     import seqio
 
-    from softprompt.tasks import user
+    from softprompt.tasks import registry, user  # noqa: F401 (seqio's tasks, for a mixture)
 
     near = rows_file(tmp_path / "near.jsonl", ["fine", "dull", "warm", "grim"])
     far = rows_file(tmp_path / "far.jsonl", ["sunny", "foggy", "bright"])
     for name, path in (("near", near), ("far", far)):
-        user.register_task(f"t_{name}", path, path, labels=["good", "bad"])
+        user.define_task(f"t_{name}", path, path, labels=["good", "bad"])
     if "t_both" not in seqio.MixtureRegistry.names():
         seqio.MixtureRegistry.add("t_both", ["t_near", "t_far"], default_rate=1.0)
 

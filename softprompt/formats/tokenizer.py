@@ -38,9 +38,21 @@ def sentencepiece_file(path: pathlib.Path) -> pathlib.Path | None:
     target = checkpoint.cache_folder() / "vocabularies"
     target = target / f"{hashlib.sha256(model).hexdigest()[:16]}.model"
     if not target.is_file():
+        _check(model, path)
         # Of several processes each may have a cache of its own.
         checkpoint.replace(target, model)
     return target
+
+
+def _check(model: bytes, path: pathlib.Path) -> None:
+    """Raises unless SentencePiece takes the model: pieces may be there twice, or none at all."""
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        SentencePieceProcessor(model_proto=model)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{str(path)!r} is no tokenizer of a T5: {reason}") from None
 
 
 def added_tokens(content: Mapping[str, Any]) -> dict[str, int]:
