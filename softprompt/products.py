@@ -120,6 +120,16 @@ def _int8_product_backward(spec, dtype, saved, grad):
 int8_product.defvjp(_int8_product_forward, _int8_product_backward)
 
 
+def _as_kept(kept: Any, grads: Any) -> tuple[Any, Any]:
+    """What the forward pass kept, as it was rounded, for the backward pass.
+
+    Accelerators' compilers may leave the rounding out, and then keep float32 values through both
+    passes beside the rounded ones, or what these are made of: a barrier that waits for the
+    gradient stops them. The CPU's compiler keeps what it is told, and more beside a barrier.
+    """
+    return (kept, grads) if platform() == "cpu" else jax.lax.optimization_barrier((kept, grads))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def exponentials(logits: Array, dtype: Any) -> tuple[Array, Array]:
     """Softmax's numerators as `dtype`, and their float32 sums `[..., 1]` over the last axis.
@@ -138,7 +148,7 @@ def _exponentials_forward(logits, dtype):
 
 def _exponentials_backward(dtype, weights, grads):
     del dtype
-    of_weights, of_total = grads
+    weights, (of_weights, of_total) = _as_kept(weights, grads)
     return ((of_weights.astype(jnp.float32) + of_total) * weights.astype(jnp.float32),)
 
 
@@ -158,7 +168,7 @@ def _divide_forward(x, total, dtype):
 
 def _divide_backward(dtype, saved, grad):
     del dtype
-    y, total = saved
+    (y, total), grad = _as_kept(saved, grad)
     grad = grad.astype(jnp.float32) / total
     return grad, -(grad * y.astype(jnp.float32)).sum(-1, keepdims=True)
 

@@ -168,12 +168,13 @@ class Attention(nn.Module):
 
 @functools.partial(jax.checkpoint, static_argnums=0)
 def _activated(activations: tuple[str, ...], parts: list[Array]) -> Array:
-    """The product of the parts, each through its activation.
+    """The product of the parts, each through its activation, in float32.
 
     The backward pass computes it again: kept, a layer's widest arrays would lie in memory twice.
     """
     y = 1.0
     for activation, z in zip(activations, parts, strict=True):
+        z = z.astype(jnp.float32)
         y = y * (z if activation == "linear" else getattr(jax.nn, activation)(z))
     return y
 
@@ -192,7 +193,7 @@ class Mlp(nn.Module):
             name = "wi" if len(cfg.mlp_activations) == 1 else f"wi_{i}"
             shape = (cfg.emb_dim, cfg.mlp_dim)
             dense = Dense(shape, ("embed", "mlp"), cfg.dtype, name=name)
-            parts.append(dense(x, jnp.float32))
+            parts.append(dense(x))
         y = _activated(cfg.mlp_activations, parts)
         y = drop(y, kept, cfg.dropout_rate)
         return Dense((cfg.mlp_dim, cfg.emb_dim), ("mlp", "embed"), cfg.dtype, name="wo")(y)
