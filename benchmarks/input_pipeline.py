@@ -74,7 +74,7 @@ def measure(
     costs, lasting = [], []
 
     def place(batch):
-        lengths = [np.count_nonzero(batch[name], axis=1) for name in ("encoder_ids", "targets")]
+        lengths = throughput.example_lengths(batch)
         placed = partition.place_rows(batch, mesh)
         costs.append(time.thread_time())
         lasting.append(2 * throughput.forward_flops(cfg, *lengths) / operations)

@@ -174,10 +174,7 @@ class Ours:
         ids = batch["encoder_ids"]
         if "encoder_segments" in batch:
             examples = int(batch["encoder_segments"].max(-1).sum())
-            lengths = [
-                np.concatenate([np.bincount(row)[1:] for row in batch[name]])
-                for name in ("encoder_segments", "decoder_segments")
-            ]
+            lengths = self.throughput.example_lengths(batch)
         else:
             examples = int((ids > 0).any(-1).sum())
             # Rows past the examples are padding.

@@ -13,7 +13,7 @@ softprompt.classify(backbone, ["question: Who wrote it?"], data.labels, prompt)
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ from softprompt.prompt import Prompt
 from softprompt.settings import (
     BUILTIN,
     check_counts,
+    check_dtype,
     check_numbers,
     check_settings,
     import_modules,
@@ -68,6 +69,7 @@ def load_backbone(
     with activations in `dtype`; `remat` ('minimal', 'full') saves memory in `tune`. See
     `backbone.load` and docs/memory.md.
     """
+    check_dtype(dtype, "dtype")
     return backbones.load(
         path, dtype, vocabulary_file=vocabulary_file, weights=weights, remat=remat
     )
@@ -251,11 +253,20 @@ def _label_lists(labels: Any, count: int) -> list[str] | list[list[str]]:
     return [label_list(own, f"labels of text {i}") for i, own in enumerate(labels)]
 
 
-def _texts(backbone: Backbone, texts: Sequence[str], lengths: Mapping[str, int]) -> data.Examples:
+def _text_list(texts: Iterable[str]) -> list[str]:
+    """The texts as a list; none, or what is no text, is an error."""
     if isinstance(texts, str):
         raise ValueError("expected a list of texts, got one string")
-    if not len(texts):
+    texts = list(texts)
+    if not texts:
         raise ValueError("got no texts")
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"text {i} is {text!r}, expected a string")
+    return texts
+
+
+def _texts(backbone: Backbone, texts: Sequence[str], lengths: Mapping[str, int]) -> data.Examples:
     return data.from_pairs([(t, "") for t in texts], _vocabulary(backbone), lengths, "texts")
 
 
@@ -281,7 +292,7 @@ def generate(
         batch_size=(batch_size, 1),
     )  # fmt: skip
     check_numbers(temperature=(temperature, 0), top_p=(top_p, 0))
-    lengths = {**LENGTHS, "targets": max_tokens}
+    lengths, texts = {**LENGTHS, "targets": max_tokens}, _text_list(texts)
     examples = _texts(backbone, texts, lengths)
     bank, which = _with_prompts(backbone, prompt, len(texts))
     predictor = predictor_of(
@@ -304,6 +315,7 @@ def score_labels(
     texts, or a list with those of each. Then a label that a text lacks scores -inf.
     """
     check_counts(batch_size=(batch_size, 1))
+    texts = _text_list(texts)
     examples = _texts(backbone, texts, LENGTHS)
     labels = _label_lists(labels, len(texts))
     bank, which = _with_prompts(backbone, prompt, len(texts))
@@ -321,6 +333,7 @@ def classify(
     batch_size: int = 32,
 ) -> list[str]:
     """The likeliest label of each text (rank classification); lists as in `score_labels`."""
+    texts = _text_list(texts)
     labels = _label_lists(labels, len(texts))
     best = score_labels(backbone, texts, labels, prompt, batch_size).argmax(-1)
     sets = [labels] * len(texts) if isinstance(labels[0], str) else labels
@@ -345,7 +358,7 @@ def ensemble(
     if not isinstance(prompt, list | tuple) or not len(prompt):
         raise ValueError("an ensemble needs a list of one or more prompts")
     labels = None if labels is None else label_list(labels)
-    lengths = {**LENGTHS, "targets": max_tokens}
+    lengths, texts = {**LENGTHS, "targets": max_tokens}, _text_list(texts)
     task = eval_task.EvalTask(_texts(backbone, texts, lengths), labels, lambda _: {})
     bank = _banked(backbone, _numbered(prompt))
     predictor = predictor_of(

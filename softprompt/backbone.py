@@ -180,10 +180,11 @@ def random(
     mesh: Mesh | None = None,
     name: str = "random",
     weights: str | None = None,
+    frozen: bool = False,
 ) -> Backbone:
     """A freshly initialised backbone in float32, for pre-training and tests.
 
-    With `weights` 'int8' it is laid out as `load` would have it.
+    With `weights` 'int8', or as `frozen`, it is laid out as `load` would have it.
     """
     if vocabulary is not None:
         check_vocabulary(vocabulary, cfg)
@@ -193,7 +194,7 @@ def random(
 
     def init():
         params = tree.flatten(PromptedT5(cfg).init(jax.random.key(seed), ids, ids)["params"])
-        if weights is None:
+        if weights is None and not frozen:
             return params
         found = {}
         for path, x in params.items():

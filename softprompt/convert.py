@@ -35,7 +35,7 @@ def convert(
       source: what `formats.open_stored` or `prompts.read` takes.
       output: folder (or, for the prompt formats 'prompt' and 'npy', file) that does not exist yet.
       to: 'softprompt', 'hf' or 't5x' for a backbone; 'prompt', 'npy' or 'peft' for a prompt.
-      dtype: of the weights written; None keeps what is stored.
+      dtype: of the weights written; None keeps what is stored (the values of int8 as float32).
       backbone: for a prompt, the backbone it belongs to: its width is checked, its name and
         fingerprint are written beside it.
 

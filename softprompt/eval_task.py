@@ -97,6 +97,16 @@ def from_task(
         for record in records
     ]
 
+    left_out: set[str] = set()
+
+    def as_figures(found: Sequence[Mapping[str, Any]]) -> Figures:
+        figures, others = _as_floats(found)
+        if new := others.keys() - left_out:
+            said = ", ".join(f"{name!r} (a {others[name]})" for name in sorted(new))
+            say(f"{task.name}: left out, for a figure is a number: {said}")
+            left_out.update(new)
+        return figures
+
     def judge(predictions: list[str]) -> Figures:
         answers = [
             task.postprocess_fn(text, example=record, is_target=False)
@@ -104,12 +114,12 @@ def from_task(
         ]
         found = [metric_fn(targets, answers) for metric_fn in task.predict_metric_fns]
         of_object = functools.partial(_of_object, task, records, predictions, vocabulary)
-        return _as_floats(found + [of_object(metric) for metric in objects[PREDICTION]])
+        return as_figures(found + [of_object(metric) for metric in objects[PREDICTION]])
 
     def judge_scores(scores: np.ndarray) -> Figures:
         found = [metric_fn(targets, scores) for metric_fn in task.score_metric_fns]
         of_object = functools.partial(_of_object, task, records, scores, vocabulary)
-        return _as_floats(found + [of_object(metric) for metric in objects[SCORE]])
+        return as_figures(found + [of_object(metric) for metric in objects[SCORE]])
 
     return EvalTask(
         examples,
@@ -150,16 +160,16 @@ def _of_object(
     return found.actual_compute(records, features)[0] if collects else found.compute()
 
 
-def _as_floats(found: Sequence[Mapping[str, Any]]) -> Figures:
-    """All figures, seqio's `Scalar` among them."""
-    values = {k: getattr(v, "value", v) for figures in found for k, v in figures.items()}
-    for name, value in values.items():
+def _as_floats(found: Sequence[Mapping[str, Any]]) -> tuple[Figures, dict[str, str]]:
+    """All figures, seqio's `Scalar` among them, and what else metrics give: its kind by name."""
+    figures, others = {}, {}
+    for name, value in (item for metrics in found for item in metrics.items()):
+        value = getattr(value, "value", value)
         try:
-            values[name] = float(value)
+            figures[name] = float(value)
         except (TypeError, ValueError):
-            kind = type(values[name]).__name__
-            raise ValueError(f"the metric {name!r} is a {kind}, expected a number") from None
-    return values
+            others[name] = type(value).__name__
+    return figures, others
 
 
 def target_text(record: Mapping[str, Any], vocabulary: Vocabulary) -> str:

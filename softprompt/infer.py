@@ -16,7 +16,13 @@ import jax
 from softprompt import backbone as backbones
 from softprompt import banks, checkpoint, data, evaluation, partition, tree
 from softprompt.logbook import Progress, say, track
-from softprompt.settings import check_numbers, check_settings
+from softprompt.settings import (
+    check_kinds,
+    check_labels,
+    check_numbers,
+    check_path,
+    check_settings,
+)
 
 Path = str | os.PathLike
 # Rows that are predicted before their lines are written.
@@ -55,7 +61,9 @@ def _named_prompts(
                 f"PROMPTS[{name!r}] is {value!r}, expected a path or {{'file': …, 'template': …, "
                 f"'labels': […]}}"
             )
+        check_path(f"the file of PROMPTS[{name!r}]", own["file"], optional=True)
         known[name] = (own["file"], own.get("template", template), own.get("labels", labels))
+        _check_texts(f" of PROMPTS[{name!r}]", *known[name][1:])
     places: dict[str, int] = {}
     found, which = [], []
     for row in rows:
@@ -74,6 +82,12 @@ def _named_prompts(
         which.append(places[name])
     files, templates, sets = zip(*found, strict=True)
     return _Named(files, templates, sets, which)
+
+
+def _check_texts(of: str, template: Any, labels: Any) -> None:
+    """Raises unless these can be a template and labels; `of` says whose."""
+    check_kinds(**{f"TEXT_TEMPLATE{of}": (template, isinstance(template, str), "a text")})
+    check_labels(f"LABELS{of}", labels)
 
 
 def infer(
@@ -108,12 +122,26 @@ def infer(
     """
     from softprompt.tasks import records
 
+    for name, path in (("INPUT_FILE", input_file), ("OUTPUT_FILE", output_file)):
+        check_path(name, path)
+    check_path("PROMPT_FILE", prompt_file, optional=True)
+    good = prompts is None or isinstance(prompts, Mapping)
+    check_kinds(PROMPTS=(prompts, good, "{NAME: a path or {'file': …}, …} or None"))
+    _check_texts("", template, labels)
+    if pathlib.Path(output_file).suffix in (".gz", ".csv", ".tsv"):
+        raise ValueError(
+            f"OUTPUT_FILE is {str(output_file)!r}, expected a name that ends otherwise, as in "
+            f".jsonl: it holds JSON Lines as they are"
+        )
     if pathlib.Path(output_file).is_dir():
         raise ValueError(f"OUTPUT_FILE {str(output_file)!r} is a folder, expected a file")
     if os.path.realpath(output_file) == os.path.realpath(input_file):
         raise ValueError(f"OUTPUT_FILE {str(output_file)!r} is INPUT_FILE, expected another file")
     lengths = task_feature_lengths or {"inputs": 512, "targets": 64}
-    check_settings(dtype, lengths, BATCH_SIZE=(batch_size, 1), BEAMS=(beams, 1), TOP_K=(top_k, 0))
+    check_settings(
+        dtype, lengths, BATCH_SIZE=(batch_size, 1), BEAMS=(beams, 1), TOP_K=(top_k, 0),
+        SEED=(seed, 0),
+    )  # fmt: skip
     check_numbers(TEMPERATURE=(temperature, 0), TOP_P=(top_p, 0))
     rows = list(track(records.read(input_file), f"reading {input_file}", "rows"))
     if taken := [row.where for row in rows if "prediction" in row]:
@@ -125,9 +153,6 @@ def infer(
         named = _Named([prompt_file], [template], [labels], [0] * len(rows))
     else:
         named = _named_prompts(rows, prompts, prompt_field, prompt_file, template, labels)
-    for own in named.labels:
-        if isinstance(own, str):
-            raise ValueError(f"LABELS is {own!r}, expected a list such as {own.split(',')!r}")
     if None not in named.labels and (beams > 1 or temperature):
         raise ValueError(
             f"got LABELS, which are ranked, with BEAMS {beams} and TEMPERATURE {temperature:g}, "

@@ -75,6 +75,7 @@ def _load_backbone(
     seed: int,
     weights: str | None,
     remat: str,
+    frozen: bool,
 ) -> Backbone:
     from softprompt import t5_config
 
@@ -94,7 +95,7 @@ def _load_backbone(
         raise ValueError("give INITIAL_CHECKPOINT_PATH, or ARCHITECTURE to start from scratch")
     vocabulary = open_vocabulary(vocabulary_file) if vocabulary_file else None
     cfg = dataclasses.replace(t5_config.config(architecture, dropout_rate, dtype), remat=remat)
-    return backbones.random(cfg, seed, vocabulary, mesh, architecture, weights)
+    return backbones.random(cfg, seed, vocabulary, mesh, architecture, weights, frozen)
 
 
 def train(
@@ -235,6 +236,10 @@ def train(
             f"Z_LOSS is {z_loss} and LABEL_SMOOTHING is {label_smoothing}, expected 0 for LOSS "
             f"{loss!r}: they belong to {eval_task.TOKENS!r}"
         )
+    if stream and target_sentinel:
+        raise ValueError(
+            "TARGET_SENTINEL is True, expected False: streamed targets stay as they are"
+        )
     if stream and prompt_length:
         raise ValueError(
             f"PROMPT_LENGTH is {prompt_length}, expected 0: text that is streamed has no slots"
@@ -245,6 +250,7 @@ def train(
         _load_backbone,
         initial_checkpoint_path, architecture, vocabulary_file, devices, dtype, dropout_rate,
         seed if initial_checkpoint_path is None else 0, weights, remat,
+        all(pattern.startswith("prompt/") for pattern in trainable),
     )  # fmt: skip
     vocabulary = use_vocabulary(backbone)
     prefix = (vocabulary.sentinel(0),) if target_sentinel else ()

@@ -252,13 +252,13 @@ def said_in_refusing(text: str) -> int:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of '80GiB', '24 GB' or a plain number."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B|B)?\s*", text)
+    """Bytes of '80GiB' or '24 GB'."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B|B)\s*", text)
     if not found:
         raise ValueError(
             f"--device_memory is {text!r}, expected a number and a unit: {', '.join(UNITS)}"
         )
-    return int(float(found[1]) * UNITS[found[2] or "B"])
+    return int(float(found[1]) * UNITS[found[2]])
 
 
 def device_memory(mesh: jax.sharding.Mesh) -> int | None:

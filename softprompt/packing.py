@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from softprompt import data
+from softprompt.logbook import track
 
 # A row of this share of tokens is full enough; longer ones cost more attention than they save.
 FULL = 0.92
@@ -106,7 +107,11 @@ class Packing:
             yield batch
 
     def __call__(self, start: int) -> Iterator[data.Batch]:
-        for batch in itertools.islice(self.rows(), start, None):
+        rows = self.rows()
+        if start:  # What goes into a batch depends on all that went before.
+            for _ in track(itertools.islice(rows, start), "packing anew", "batches", start):
+                pass
+        for batch in rows:
             yield self.pack(batch[self.own])
 
     def pack(self, batch: Sequence[Sequence[tuple[data.Examples, int]]]) -> data.Batch:

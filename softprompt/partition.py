@@ -46,6 +46,8 @@ def make_mesh(
             raise ValueError(f"{name} is {value!r}, expected a number of devices{rest}")
     # Each host's devices are neighbours, so that its rows of a batch are neighbours too.
     found = jax.devices() if among is None else among
+    if devices is not None and not 0 < devices <= len(found):
+        raise ValueError(f"a mesh of {devices} devices was asked for, there are {len(found)}")
     available = sorted(found, key=lambda d: (d.process_index, d.id))[:devices]
     if data == -1:
         data = max(1, len(available) // model)

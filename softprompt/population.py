@@ -147,7 +147,7 @@ class _Run:
         """Ends the run if it is at its last step or out of patience."""
         member = self.member
         if self.step >= member.train_steps:
-            if member.evaluate and not self.best.step:  # Nothing was left to do.
+            if member.evaluate and self.best.judged < self.step:  # Nothing was left to do.
                 self._evaluate()
                 self._save_checkpoint()
             self.end(FINISHED)
@@ -206,6 +206,8 @@ class _Run:
             zero = jax.device_put(np.float32(0), self._everywhere)
             self.state = {**self.state, "loss_sum": zero, "count_sum": jnp.copy(zero)}
         if due_eval:
+            if last:  # An evaluation that fails loses nothing.
+                self._save_checkpoint()
             self._evaluate()
         if due_save or stopping:
             self._save_checkpoint()
@@ -390,7 +392,8 @@ def _train(runs: Sequence[_Run], backbone: Backbone) -> list[Outcome]:
         groups = _without_ended(groups, min([step, *(run.step for run in running)]), backbone)
     clock: tuple[int, float] | None = None
     rounds = 0
-    with train._termination() as asked:
+    saves = all(run.member.model_dir is not None for run in runs)
+    with train.termination(saves) as asked:
         while running:
             now = min(run.step for run in running)
             active = [run for run in running if run.step == now]
@@ -416,7 +419,7 @@ def _train(runs: Sequence[_Run], backbone: Backbone) -> list[Outcome]:
             if smaller != groups:
                 groups, clock = smaller, None
     if any(run.status == INTERRUPTED for run in runs):
-        say("stopped by SIGTERM; the same command goes on from here")
+        say("stopped by a signal; the same command goes on from here")
     return [Outcome(run.member.name, run.status, run.result) for run in runs]
 
 

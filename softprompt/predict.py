@@ -34,6 +34,8 @@ from softprompt.logbook import say
 from softprompt.settings import (
     BUILTIN,
     UserData,
+    check_kinds,
+    check_path,
     check_settings,
     load_tasks,
     use_vocabulary,
@@ -94,6 +96,10 @@ def eval(
     ensemble's speed with that of separate runs. The majority vote's figures are returned.
     """
     check_settings(dtype, task_feature_lengths, BATCH_SIZE=(batch_size, 1), BEAMS=(beams, 1))
+    check_path("PROMPT_FILE", prompt_file, optional=True)
+    kinds = prompt_files is None or isinstance(prompt_files, str | list | tuple)
+    named = kinds and all(isinstance(path, str | os.PathLike) for path in prompt_files or ())
+    check_kinds(PROMPT_FILES=(prompt_files, named, "a path, a pattern or a list of them"))
     backbone, vocabulary, sources = _opened(
         initial_checkpoint_path, vocabulary_file, mesh, dtype, weights,
         mixture_or_task_name, mixture_or_task_module, user_data,
@@ -171,8 +177,7 @@ def _ensemble(
         found = dataclasses.asdict(reports[task.name])
         if singles:
             found |= voting.cost(predictor, flat, singles, task)
-        prefix = f"{task.name}/" if len(tasks) > 1 else ""
-        figures |= {prefix + name: value for name, value in found["ensemble"].items()}
+        figures |= task.named(found["ensemble"], len(tasks) > 1)
         say(f"{task.name}, {split}\n{reports[task.name].table()}")
         say(json.dumps({"task": task.name, "split": split, **found}))
         if folder is not None:
@@ -215,8 +220,9 @@ def baseline(
         mixture_or_task_name, mixture_or_task_module, user_data,
     )  # fmt: skip
     predictor = evaluation.Predictor(
-        backbone, 0, eval_mode, batch_size, task_feature_lengths["targets"]
-    )
+        backbone, 0, eval_mode, batch_size, task_feature_lengths["targets"],
+        prefix=banks.target_prefix(backbone, []),
+    )  # fmt: skip
     figures: dict[str, float] = {}
     counts: list[int] = []
     for source in sources:

@@ -19,7 +19,7 @@ Trained = Callable[[], dict[str, np.ndarray]]
 # Writes trained arrays and facts to a path without ending.
 Save = Callable[[pathlib.Path, dict[str, np.ndarray], dict[str, Any]], None]
 # What is known of the best evaluation before there was one.
-UNJUDGED = {"step": 0, "metric": None, "waited": 0, "metrics": {}}
+UNJUDGED = {"step": 0, "judged": 0, "metric": None, "waited": 0, "metrics": {}}
 
 
 def choose_metric(figures: Mapping[str, float], best_metric: str | None) -> float:
@@ -37,7 +37,8 @@ class Best:
     """The best evaluation of a run so far, what was trained by then, and the files that keep both.
 
     Attributes:
-      facts: its step (0: none yet), figures, and how many evaluations since were no better.
+      facts: its step (0: none yet), figures, the step of the last evaluation, and how many since
+        were no better.
       trained: arrays by path, None without an evaluation.
     """
 
@@ -50,6 +51,11 @@ class Best:
     @property
     def step(self) -> int:
         return self.facts["step"]
+
+    @property
+    def judged(self) -> int:
+        """The step of the last evaluation, 0 without one."""
+        return self.facts.get("judged", self.step)
 
     def judge(
         self, step: int, figures: dict[str, float], log: Logbook, trained: Trained, name: str = ""
@@ -65,6 +71,7 @@ class Best:
             self.facts = {"step": step, "metric": metric, "waited": 0, "metrics": figures}
         else:
             self.facts = {**self.facts, "waited": self.facts["waited"] + 1}
+        self.facts["judged"] = step
         if self._folder is None and step != self.step:
             return
         now = trained()

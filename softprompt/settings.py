@@ -9,6 +9,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from softprompt import data
 from softprompt.backbone import Backbone
 from softprompt.importing import import_seqio
@@ -42,10 +44,20 @@ USER_DATA = {
 }
 
 
+def check_dtype(dtype: Any, name: str = "DTYPE") -> None:
+    """Raises unless `dtype` is that of activations: a name, or what NumPy and JAX call so."""
+    known = ("float32", "bfloat16", "float16")
+    try:
+        good = jnp.dtype(dtype).name in known
+    except TypeError:
+        good = False
+    if not good:
+        raise ValueError(f"{name} is {dtype!r}, expected 'float32', 'bfloat16' or 'float16'")
+
+
 def check_settings(dtype: str, lengths: Mapping[str, int], **counts: tuple[Any, int]) -> None:
     """Raises where a type, a feature length or a count `NAME=(value, least)` makes no sense."""
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"DTYPE is {dtype!r}, expected 'float32', 'bfloat16' or 'float16'")
+    check_dtype(dtype)
     if not isinstance(lengths, Mapping) or set(lengths) != {"inputs", "targets"}:
         raise ValueError(
             f"TASK_FEATURE_LENGTHS is {lengths!r}, expected {{'inputs': …, 'targets': …}}"
@@ -58,6 +70,14 @@ def check_counts(**counts: tuple[Any, int]) -> None:
     for name, (value, least) in counts.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} is {value!r}, expected an integer of at least {least}")
+
+
+def check_labels(name: str, value: Any) -> None:
+    """Raises unless `value` is a list of labels, or None for texts."""
+    if isinstance(value, str):
+        raise ValueError(f"{name} is {value!r}, expected a list such as {value.split(',')!r}")
+    good = value is None or are_texts(value) and len(value) > 0
+    check_kinds(**{name: (value, good, "a list of texts or None")})
 
 
 def check_path(name: str, value: Any, optional: bool = False) -> None:
@@ -125,8 +145,11 @@ def import_modules(modules: str | Sequence[str] | None) -> None:
     for module in names:
         try:
             importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            raise ValueError(f"MIXTURE_OR_TASK_MODULE {module!r}: {error}") from None
+        except (ModuleNotFoundError, ValueError) as error:
+            hint = ""
+            if "not registered" in str(error) and BUILTIN not in sys.modules:
+                hint = f"; the package's own tasks are there behind {BUILTIN!r}, named before it"
+            raise ValueError(f"MIXTURE_OR_TASK_MODULE {module!r}: {error}{hint}") from None
 
 
 def load_tasks(name: str, modules: str | Sequence[str] | None, user: UserData | None):

@@ -350,7 +350,8 @@ def layer_class(layer: type[nn.Module], remat: str, *others: str) -> type[nn.Mod
     """A layer class that is traced once for all layers of a stack, and keeps what `remat` says.
 
     For the backward pass of its method `whole`, 'full' keeps the layer's inputs, 'minimal' also the
-    outputs of its dense layers, so that no matrix of weights is multiplied again (T5X's names).
+    outputs of its dense layers, so that hardly a matrix of weights is multiplied again (T5X's
+    names).
     `others` are methods that are traced once too.
     """
     if remat not in REMAT:

@@ -36,6 +36,23 @@ def forward_flops(cfg: T5Config, encoder: np.ndarray, decoder: np.ndarray) -> fl
     return 2 * float(np.sum(total + head))
 
 
+def example_lengths(batch: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """Tokens of each example's input and target in a batch of `encoder_ids` and `targets`.
+
+    In packed rows an example attends to itself alone: it counts as if it had a row of its own.
+    """
+    if "encoder_segments" not in batch:
+        return [np.count_nonzero(batch[name], axis=1) for name in ("encoder_ids", "targets")]
+    most = int(batch["encoder_segments"].max(initial=0)) + 1
+    found = []
+    for name in ("encoder_segments", "decoder_segments"):
+        segments = batch[name]
+        places = segments + most * np.arange(len(segments))[:, None]
+        counts = np.bincount(places.ravel(), minlength=most * len(segments))
+        found.append(counts.reshape(len(segments), most)[:, 1:].ravel())
+    return found
+
+
 def measure_peak(dtype: str, clock: Callable[[], float] = time.perf_counter) -> float:
     """Operations per second of a large matrix product on one device.
 
@@ -79,8 +96,8 @@ class Meter:
         self._tokens = self._flops = self._waited = 0.0
 
     def add(self, batch: Mapping[str, np.ndarray]) -> None:
-        """Counts a batch of `encoder_ids` `[B, T]` and `targets` `[B, L]`."""
-        lengths = [np.count_nonzero(batch[name], axis=1) for name in ("encoder_ids", "targets")]
+        """Counts a batch of `encoder_ids` `[B, T]` and `targets` `[B, L]`, perhaps packed."""
+        lengths = example_lengths(batch)
         self._tokens += sum(int(x.sum()) for x in lengths)
         self._flops += self._passes * forward_flops(self._cfg, *lengths)
 

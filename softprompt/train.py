@@ -80,24 +80,39 @@ def check_trainable(trained: tree.Flat) -> None:
 
 
 @contextlib.contextmanager
-def _termination() -> Iterator[Callable[[int], bool]]:
-    """Called after each step, says whether SIGTERM, which ends no process here, asks to stop.
+def termination(saves: bool) -> Iterator[Callable[[int], bool]]:
+    """Called after each step, says whether SIGTERM or Ctrl-C, which end nothing here, ask to stop.
 
-    Of several processes any may get it: the coordination service, without the devices, picks a
-    step that none has passed yet, and there all are told to stop.
+    After Ctrl-C the context ends in KeyboardInterrupt; a second one, and a run that `saves`
+    nothing, does not wait for the step. Of several processes any may get SIGTERM: the coordination
+    service, without the devices, picks a step that none has passed yet, and there all are told to
+    stop.
     """
     if hosts.several():
         yield multihost_utils.reached_preemption_sync_point
         return
-    asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield lambda step: False
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    asked: set[int] = set()
+
+    def ask(number: int, frame: Any) -> None:
+        del frame
+        if number in asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.add(number)
+        if number == signal.SIGINT:
+            say("stopping after this step, which is saved; Ctrl-C again stops at once")
+
+    numbers = (signal.SIGTERM, signal.SIGINT) if saves else (signal.SIGTERM,)
+    before = {number: signal.signal(number, ask) for number in numbers}
     try:
-        yield lambda step: asked.is_set()
+        yield lambda step: bool(asked)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if signal.SIGINT in asked:
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
@@ -260,7 +275,10 @@ def fit(
     def place(batch: Mapping[str, np.ndarray]) -> tuple[Mapping[str, np.ndarray], Any]:
         return batch, partition.place_rows(batch, backbone.mesh)
 
-    with _termination() as asked, pipeline.Prefetch(batches(start), place) as stream:
+    with (
+        termination(model_dir is not None) as asked,
+        pipeline.Prefetch(batches(start), place) as stream,
+    ):
         for step in range(start + 1, train_steps + 1):
             if best.out_of_patience(patience):
                 say(f"stopping early at step {step - 1}: no better figure since {best.step}")
@@ -296,6 +314,8 @@ def fit(
                 zero = partition.place(np.float32(0), partition.replicated(backbone.mesh))
                 state = {**state, "loss_sum": zero, "count_sum": jnp.copy(zero)}
             if due_eval:
+                if last:  # An evaluation that fails loses nothing.
+                    save_checkpoint()
                 judge(step)
             if due_save or stop:
                 save_checkpoint()
@@ -303,10 +323,10 @@ def fit(
             if due_eval or due_save:
                 meter.restart()
             if stop and not last:
-                say(f"stopped by SIGTERM after step {step}; the same command goes on from here")
+                say(f"stopped by a signal after step {step}; the same command goes on from here")
                 return finish(step, interrupted=True)
     step = int(state["step"])
-    unjudged = evaluate and not best.step  # It went on from the end of what it was to do.
+    unjudged = evaluate and best.judged < step  # It went on from the end of what it was to do.
     if unjudged:
         judge(step)
     if step > saved or unjudged:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from softprompt import (
@@ -77,7 +78,7 @@ def tune(
     Returns:
       The prompt of the best validation, or of the last step without `validation_data`.
     """
-    settings = {k: v for k, v in locals().items() if k != "backbone"}
+    settings = _plain({k: v for k, v in locals().items() if k != "backbone"})
     arguments, about = _tuning(backbone, Shared(), **settings)
     result = train.fit(**arguments)
     if model_dir is not None and not result.interrupted:
@@ -110,7 +111,7 @@ def tune_many(
     defaults = inspect.signature(tune).parameters
     named, abouts, shared = [], [], Shared()
     for number, own in enumerate(members):
-        settings = {**common, **own}
+        settings = _plain({**common, **own})
         name = _folder_name(settings.pop("name", number))
         if odd := [k for k in settings if k not in defaults or k in ("backbone", "model_dir")]:
             raise ValueError(f"member {name!r} has {', '.join(odd)}, which is none of its settings")
@@ -127,6 +128,11 @@ def tune_many(
         note = {"step": result.best_step, "metrics": result.metrics, "status": outcome.status}
         found.append(Prompt(result.best[train.PROMPT], {**about, **note}))
     return found
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """NumPy's numbers and texts as Python's own."""
+    return {k: v.item() if isinstance(v, np.generic) else v for k, v in settings.items()}
 
 
 def _folder_name(name: Any) -> str:

@@ -138,6 +138,10 @@ def fill(template: str, row: Row) -> str:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
         raise ValueError(f"malformed template {template!r}: {error}") from None
+    if all(field is None for _, field, _, _ in parts):
+        raise ValueError(
+            f"the template {template!r} names no field of a row, expected one such as {{text}}"
+        )
     text = []
     for literal, field, spec, conversion in parts:
         text.append(literal)

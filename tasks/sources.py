@@ -101,16 +101,27 @@ class Spec:
     train_text: TextFn | None = None
 
 
-def rows(spec: Spec, split: str) -> Iterator[Row]:
-    """Rows of a task's split, from the user's folder or TFDS."""
+def _find(spec: Spec, split: str) -> tuple[str, pathlib.Path | None]:
+    """What the source calls a split, and its file in the user's folder, None if it is TFDS's.
+
+    Raises:
+      ValueError: it has none, and TFDS does not know the task either.
+    """
     source = spec.splits[split] if isinstance(spec.splits, Mapping) else split
-    if (path := local_file(spec.folder, source)) is not None:
-        return records.read(path)
-    if spec.tfds_name is None:
+    path = local_file(spec.folder, source)
+    if path is None and spec.tfds_name is None:
         raise ValueError(
             f"the data of {spec.name} is not at hand: name a folder that has "
             f"{spec.folder}/{source}.jsonl by --data_dir or SOFTPROMPT_DATA_DIR"
         )
+    return source, path
+
+
+def rows(spec: Spec, split: str) -> Iterator[Row]:
+    """Rows of a task's split, from the user's folder or TFDS."""
+    source, path = _find(spec, split)
+    if path is not None:
+        return records.read(path)
     return tfds_rows(spec.tfds_name, spec.tfds_splits.get(source, source), spec.name)
 
 
@@ -124,17 +135,7 @@ def check_local(task: str, split: str) -> bool:
       ValueError: it has not, and TFDS does not know the task either.
     """
     spec = _specs.get(task)
-    if spec is None:
-        return False
-    source = spec.splits[split] if isinstance(spec.splits, Mapping) else split
-    if local_file(spec.folder, source) is not None:
-        return True
-    if spec.tfds_name is None:
-        raise ValueError(
-            f"the data of {task} is not at hand: name a folder that has "
-            f"{spec.folder}/{source}.jsonl by --data_dir or SOFTPROMPT_DATA_DIR"
-        )
-    return False
+    return spec is not None and _find(spec, split)[1] is not None
 
 
 def check_at_hand(task: str, split: str) -> None:
@@ -142,12 +143,12 @@ def check_at_hand(task: str, split: str) -> None:
 
     Without a folder of the user's, TFDS must have prepared it: nothing is downloaded to find out.
     """
-    if check_local(task, split):
-        return
     spec = _specs.get(task)
     if spec is None:
         raise ValueError(f"{task!r} is not a benchmark task that this package brings")
-    source = spec.splits[split] if isinstance(spec.splits, Mapping) else split
+    source, path = _find(spec, split)
+    if path is not None:
+        return
     try:
         prepared = import_seqio().LazyTfdsLoader(spec.tfds_name).builder.data_path.exists()
     except Exception as error:

@@ -200,6 +200,22 @@ def test_an_ensemble_scores_targets_by_their_mean_probability(make, tiny, tmp_pa
     assert found.table().startswith("| prompt | shouted | picked |")
 
 
+def test_what_is_no_number_is_left_out_and_named_once(make, capsys):
+    def odd(targets, predictions):
+        value = seqio.metrics.Text("as it is")
+        return {"said": value, "many": np.arange(2.0), "one": np.float32(1)}
+
+    task = make([odd])
+    capsys.readouterr()
+    for _ in range(2):
+        assert task.figures(["a"] * 6) == {"one": 1.0}
+    said = capsys.readouterr().out
+    assert said.endswith(
+        ": left out, for a figure is a number: 'many' (a ndarray), 'said' (a Text)\n"
+    ) or said.endswith("'many' (a ndarray), 'said' (a str)\n")
+    assert said.count("left out") == 1
+
+
 def test_a_task_without_metrics_is_predicted(make, tiny):
     task = make()
     assert evaluation.evaluate(evaluation.Predictor(tiny, 0), tiny.params, [task]) == {}

@@ -103,6 +103,10 @@ def zeros(count=3, width=SMALL.emb_dim):
     (lambda b: softprompt.evaluate(b, [("a", "b")], labels="abc"), "labels: got 'abc', expected"),
     (lambda b: softprompt.ensemble(b, TEXTS, [zeros()], []), "labels: got an empty list, expected"),
     (lambda b: softprompt.classify(b, TEXTS, []), "labels: got an empty list, expected one or"),
+    (lambda b: softprompt.classify(b, ["a", 3], ["x"]), "text 1 is 3, expected a string"),
+    (lambda b: softprompt.load_backbone(dtype="int8"), "dtype is 'int8', expected 'float32', 'bf"),
+    (lambda b: softprompt.load_backbone(dtype="float64"), "dtype is 'float64', expected 'float32'"),
+    (lambda b: softprompt.load_backbone(dtype="float61"), "dtype is 'float61', expected 'float32'"),
     (lambda b: softprompt.classify(b, TEXTS, [1, 2]), "labels: got 1 in the list, expected texts"),
     (lambda b: softprompt.classify(b, TEXTS[:2], [["a"], "b"]), "labels of text 1: got 'b', exp"),
     (lambda b: softprompt.read_pairs("x.csv", labels="a,b"), "labels: got 'a,b', expected a list"),
@@ -144,6 +148,17 @@ def test_labels_may_be_arrays(tiny):
     found = softprompt.classify(tiny, TEXTS[:2], np.array(LABELS[0]))
     assert set(map(type, found)) == {str} and set(found) <= set(LABELS[0])
     assert softprompt.classify(tiny, TEXTS[:2], np.array([LABELS[0], LABELS[0]])) == found
+
+
+def test_texts_may_come_one_by_one_and_numbers_from_numpy(tiny, pairs):
+    found = softprompt.classify(tiny, (text for text in TEXTS[:2]), LABELS[0])
+    assert found == softprompt.classify(tiny, TEXTS[:2], LABELS[0])
+    labels = sorted({target for _, target in pairs})
+    two, one = np.int64(2), np.int32(1)
+    prompt = softprompt.tune(
+        tiny, pairs, labels=labels, prompt_length=two, train_steps=one, batch_size=np.int64(4)
+    )
+    assert prompt.array.shape[0] == 2
 
 
 def test_labels_of_a_call_come_before_those_of_a_task(tiny, tmp_path, monkeypatch):

@@ -410,8 +410,9 @@ def test_what_a_run_would_refuse_is_refused(name, value):
 
 def test_sizes_are_read_with_their_units():
     assert memory.parse_size("80GiB") == 80 * 2**30 and memory.parse_size("1.5 GB") == 1.5e9
-    with pytest.raises(ValueError, match="--device_memory is '80 cows', expected a number"):
-        memory.parse_size("80 cows")
+    for text in ("80 cows", "80"):
+        with pytest.raises(ValueError, match=f"--device_memory is '{text}', expected a number and"):
+            memory.parse_size(text)
 
 
 def test_the_command_needs_no_checkpoint_and_loads_nothing(tmp_path, capsys):

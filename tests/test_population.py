@@ -195,9 +195,9 @@ def test_a_member_that_is_at_its_end_already_is_evaluated_if_it_never_was(tiny, 
         population.fit(tiny, [made(3, killing)])
     for _ in range(2):
         judge = lambda flat, step: calls.append(step) or {"accuracy": 5.0}  # noqa: E731
-        [found] = population.fit(tiny, [made(2, judge)])
-        assert (found.result.best_step, found.result.metrics) == (2, {"accuracy": 5.0})
-    assert calls == [2] and (tmp_path / "prompts" / "best.safetensors").is_file()
+        [found] = population.fit(tiny, [made(3, judge)])
+        assert (found.result.best_step, found.result.metrics) == (3, {"accuracy": 5.0})
+    assert calls == [3] and (tmp_path / "prompts" / "best.safetensors").is_file()
 
 
 def test_patience_and_the_best_step_are_each_members_own(tiny, pairs):

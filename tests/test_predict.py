@@ -130,10 +130,14 @@ def test_eval_takes_many_prompts_and_reads_each_once(tmp_path, files, capsys, mo
     assert "examples/s together" in page and "prompts stand behind a vote" in page
     for value, message in (
         ("['/no/*.safetensors']", "PROMPT_FILES: no file fits the pattern '/no/*.safetensors'"),
+        ("3", "PROMPT_FILES is 3, expected a path, a pattern or a list of them"),
         (f"['{files}/a.safetensors']", "PROMPT_FILES names 1 file, expected two or more"),
     ):
         assert main([*command, f"--gin.PROMPT_FILES={value}"]) == 2
         assert message in capsys.readouterr().err
+    alone = "--gin.PROMPT_FILE=3"
+    assert main([*command, "--gin.PROMPT_FILES=None", alone]) == 2
+    assert "PROMPT_FILE is 3, expected a path" in capsys.readouterr().err
     assert main([*command, "--gin.PROMPT_FILES=None", "--gin.BEAMS=4"]) == 2
     assert "BEAMS is 4, but EVAL_MODE 'rank' ranks labels" in capsys.readouterr().err
 
@@ -158,6 +162,17 @@ def test_a_file_votes_once(tmp_path):
 
 @pytest.mark.parametrize("line, flags, message", [
     ('{"text": "a"}', ["--gin.LABELS='a,b'"], "LABELS is 'a,b', expected a list such as ['a'"),
+    ('{"text": "a"}', ["--gin.LABELS=[1, 2]"], "LABELS is [1, 2], expected a list of texts"),
+    ('{"text": "a"}', ["--gin.LABELS=[]"], "LABELS is [], expected a list of texts"),
+    ('{"text": "a"}', ["--gin.TEXT_TEMPLATE=['a']"], "TEXT_TEMPLATE is ['a'], expected a text"),
+    ('{"text": "a"}', ["--gin.TEXT_TEMPLATE='a text'"], "the template 'a text' names no field"),
+    ('{"text": "a"}', ["--gin.SEED=-1"], "SEED is -1, expected an integer of at least 0"),
+    ('{"text": "a"}', ["--gin.INPUT_FILE=3"], "INPUT_FILE is 3, expected a path"),
+    ('{"text": "a"}', ["--gin_file=runs/mixed_infer.gin", "--gin.PROMPTS=['a']"],
+     "PROMPTS is ['a'], expected {NAME: a path"),
+    ('{"text": "a", "prompt": "a"}', ["--gin_file=runs/mixed_infer.gin",
+     "--gin.PROMPTS={'a': {'file': 'a.npy', 'labels': []}}"], "LABELS of PROMPTS['a'] is []"),
+    ('{"text": "a"}', ["--gin.OUTPUT_FILE=FOLDER/a.jsonl.gz"], "a.jsonl.gz', expected a name that"),
     ('{"text": "a"}', ["--gin.OUTPUT_FILE=FOLDER"], "is a folder, expected a file"),
     ('{"text": "a"}', ["--gin.OUTPUT_FILE=FOLDER/rows.jsonl/x"], "cannot write"),
     ('{"text": "a"}', ["--gin.OUTPUT_FILE=FOLDER/./rows.jsonl"], "is INPUT_FILE, expected another"),

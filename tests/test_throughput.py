@@ -35,6 +35,22 @@ def test_padding_is_no_work():
     assert meter.read()["tokens_per_second"] == 0
 
 
+def test_packed_examples_count_as_they_would_alone():
+    rows = {
+        "encoder_ids": np.full((2, 6), 9),
+        "encoder_segments": np.array([[1, 1, 1, 2, 2, 0], [1, 1, 2, 3, 3, 3]]),
+        "targets": np.full((2, 4), 9),
+        "decoder_segments": np.array([[1, 2, 2, 0], [1, 2, 3, 0]]),
+    }
+    inputs, targets = throughput.example_lengths(rows)
+    assert inputs.tolist() == [3, 2, 0, 2, 1, 3] and targets.tolist() == [1, 2, 0, 1, 1, 1]
+    meter = throughput.Meter(TINY, 2, 1)
+    meter.add(rows)
+    alone = np.array([[3, 1], [2, 2], [2, 1], [1, 1], [3, 1]]).T
+    assert meter._tokens == alone.sum()
+    assert meter._flops == pytest.approx(2 * throughput.forward_flops(TINY, *alone))
+
+
 def test_a_cpu_that_is_split_into_devices_counts_once(monkeypatch):
     monkeypatch.setattr(throughput, "peak", lambda dtype: 1e9)
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: 1.0)

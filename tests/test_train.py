@@ -389,13 +389,59 @@ def test_sigterm_saves_and_the_run_goes_on_from_that_step(tmp_path):
     process = start(tmp_path, pause=0.01)
     said = stop_after(process, 10, signal.SIGTERM)
     assert process.returncode == 0
-    assert "stopped by SIGTERM after step" in said
-    stopped_at = int(said.split("stopped by SIGTERM after step ")[1].split(";")[0])
+    assert "stopped by a signal after step" in said
+    stopped_at = int(said.split("stopped by a signal after step ")[1].split(";")[0])
     assert 10 <= stopped_at < 60
     again = start(tmp_path)
     said = again.communicate(timeout=120)[0].decode()
     assert again.returncode == 0
     assert f"resuming from step {stopped_at}" in said
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_the_step_and_ends_the_process(tmp_path):
+    process = start(tmp_path, pause=0.05)
+    said = stop_after(process, 10, signal.SIGINT)
+    assert process.returncode != 0, "what comes after the run is not begun"
+    assert "stopping after this step, which is saved; Ctrl-C again stops at once" in said
+    stopped_at = int(said.split("stopped by a signal after step ")[1].split(";")[0])
+    assert 10 <= stopped_at < 60
+    said = start(tmp_path).communicate(timeout=120)[0].decode()
+    assert f"resuming from step {stopped_at}" in said and "step 60/60" in said
+
+
+def test_ctrl_c_waits_for_nothing_where_nothing_is_saved_or_it_comes_twice():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), train.termination(False):
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("it went on")
+    with pytest.raises(KeyboardInterrupt), train.termination(True) as asked:
+        signal.raise_signal(signal.SIGINT)
+        assert asked(1)
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("it went on")
+    with pytest.raises(KeyboardInterrupt), train.termination(True) as asked:
+        signal.raise_signal(signal.SIGINT)
+        assert asked(1)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_evaluation_that_fails_at_the_end_loses_no_step(tiny, pairs, tmp_path, capsys):
+    def broken(flat, step):
+        if step == 4:
+            raise ZeroDivisionError
+        return {"accuracy": 1.0}
+
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            fit(tiny, pairs, 4, evaluate=broken, eval_period=2, model_dir=tmp_path)
+    assert "resuming from step 4" in capsys.readouterr().out
+    mended = fit(
+        tiny, pairs, 4, evaluate=lambda *_: {"accuracy": 2.0}, eval_period=2, model_dir=tmp_path
+    )
+    whole = fit(tiny, pairs, 4, evaluate=lambda *_: {"accuracy": 2.0})
+    assert (mended.step, mended.best_step, mended.best_metric) == (4, 4, 2.0)
+    np.testing.assert_array_equal(mended.trained[train.PROMPT], whole.trained[train.PROMPT])
 
 
 # --- the best prompt ----------------------------------------------------------------------------
@@ -432,8 +478,8 @@ def judged(tiny, pairs, folder, steps, kill=None, seen=None, **settings):
             seen[step] = np.asarray(flat[train.PROMPT]).copy()
         return {"accuracy": float(step)}
 
-    return fit(tiny, pairs, steps, model_dir=folder, evaluate=evaluate, eval_period=2,
-               checkpoint_period=3, **settings)  # fmt: skip
+    settings = {"evaluate": evaluate, "eval_period": 2, "checkpoint_period": 3, **settings}
+    return fit(tiny, pairs, steps, model_dir=folder, **settings)
 
 
 def test_the_saved_prompt_takes_the_place_of_a_torn_best_file(tiny, pairs, tmp_path, capsys):
@@ -459,7 +505,8 @@ def test_a_best_file_newer_than_its_checkpoint_is_not_taken_for_the_older_step(
     save, seen = prompt.saver({}, None), {}
     with pytest.raises(Killed):
         judged(tiny, pairs, tmp_path, 8, kill=6, save=save, seen=seen)
-    result = judged(tiny, pairs, tmp_path, 3, save=save)
+    worse = {"evaluate": lambda flat, step: {"accuracy": -1.0}}
+    result = judged(tiny, pairs, tmp_path, 3, save=save, **worse)
     assert (result.step, result.best_step, result.best_metric) == (3, 2, 2.0)
     np.testing.assert_array_equal(result.best[train.PROMPT], seen[2])
     # The files are that step's again.
@@ -500,9 +547,9 @@ def test_a_run_that_is_at_its_end_already_is_evaluated_if_it_never_was(tiny, pai
     with pytest.raises(Killed):
         fit(tiny, pairs, 4, checkpoint_period=2, **{**settings, "evaluate": killing})
     for _ in range(2):
-        result = fit(tiny, pairs, 2, **settings)
-        assert (result.step, result.best_step, result.metrics) == (2, 2, {"accuracy": 5.0})
-    assert calls == [2], "once"
+        result = fit(tiny, pairs, 4, **settings)
+        assert (result.step, result.best_step, result.metrics) == (4, 4, {"accuracy": 5.0})
+    assert calls == [4], "once"
     saved, _ = prompt.load(tmp_path / "prompts" / "best.safetensors")
     np.testing.assert_array_equal(saved, result.trained[train.PROMPT])
 
