@@ -104,7 +104,9 @@ def termination(saves: bool) -> Iterator[Callable[[int], bool]]:
         if number == signal.SIGINT:
             say("stopping after this step, which is saved; Ctrl-C again stops at once")
 
-    numbers = (signal.SIGTERM, signal.SIGINT) if saves else (signal.SIGTERM,)
+    # A shell starts what it puts into the background with Ctrl-C ignored, and so it stays.
+    heard = saves and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+    numbers = (signal.SIGTERM, signal.SIGINT) if heard else (signal.SIGTERM,)
     before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield lambda step: bool(asked)

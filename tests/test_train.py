@@ -325,7 +325,8 @@ def test_a_checkpoint_holds_no_frozen_weights(tiny, pairs, tmp_path):
 
 # A run of its own process, slow enough to be stopped in its middle, that logs every step.
 RUN = """
-import sys, time, numpy as np, softprompt
+import signal, sys, time, numpy as np, softprompt
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from softprompt import partition, backbone as backbones, prompt, data
 sys.path.insert(0, {tests!r})
 from conftest import TINY
@@ -410,7 +411,23 @@ def test_ctrl_c_saves_the_step_and_ends_the_process(tmp_path):
     assert f"resuming from step {stopped_at}" in said and "step 60/60" in said
 
 
-def test_ctrl_c_waits_for_nothing_where_nothing_is_saved_or_it_comes_twice():
+@pytest.fixture
+def own_signals():
+    """A handler of Ctrl-C whose change a test may see, put back after it."""
+    before = signal.getsignal(signal.SIGINT)
+    yield lambda handler: signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_that_is_ignored_stays_so(own_signals):
+    own_signals(signal.SIG_IGN)
+    with train.termination(True) as asked:
+        signal.raise_signal(signal.SIGINT)
+        assert not asked(1)
+
+
+def test_ctrl_c_waits_for_nothing_where_nothing_is_saved_or_it_comes_twice(own_signals):
+    own_signals(signal.default_int_handler)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), train.termination(False):
         signal.raise_signal(signal.SIGINT)
