@@ -250,7 +250,7 @@ def train(
         _load_backbone,
         initial_checkpoint_path, architecture, vocabulary_file, devices, dtype, dropout_rate,
         seed if initial_checkpoint_path is None else 0, weights, remat,
-        all(pattern.startswith("prompt/") for pattern in trainable),
+        training.prompt_alone(trainable),
     )  # fmt: skip
     vocabulary = use_vocabulary(backbone)
     prefix = (vocabulary.sentinel(0),) if target_sentinel else ()

@@ -300,7 +300,7 @@ def suggest(
         return _larger(run, first, limit, measure)
     found = []
     for weights in dict.fromkeys((run.weights, "int8")):
-        if weights == "int8" != run.weights and not _prompt_alone(run):
+        if weights == "int8" != run.weights and not train.prompt_alone(run.trainable):
             continue
         for remat in t5_config.REMAT[t5_config.REMAT.index(run.cfg.remat) :]:
             fitting = _fewest_parts(run.but(weights=weights, remat=remat), limit, measure)
@@ -310,10 +310,6 @@ def suggest(
         if found:
             break
     return found
-
-
-def _prompt_alone(run: Run) -> bool:
-    return all(pattern.startswith("prompt/") for pattern in run.trainable)
 
 
 def _larger(run: Run, first: Need, limit: int, measure) -> list[tuple[Run, Need]]:

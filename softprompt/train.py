@@ -67,6 +67,11 @@ class Result:
         return cls(step, trained, chosen, at, metric, metrics, interrupted)
 
 
+def prompt_alone(trainable: Sequence[str]) -> bool:
+    """Whether these patterns name nothing of a backbone."""
+    return all(pattern.startswith("prompt/") for pattern in trainable)
+
+
 def check_trainable(trained: tree.Flat) -> None:
     """Raises where a parameter that is to be trained is kept as int8."""
     rounded = [path for path in int8.parameters(trained) if trained[path].dtype == jnp.int8]
@@ -102,7 +107,9 @@ def termination(saves: bool) -> Iterator[Callable[[int], bool]]:
             raise KeyboardInterrupt
         asked.add(number)
         if number == signal.SIGINT:
-            say("stopping after this step, which is saved; Ctrl-C again stops at once")
+            # A line that is being written when the signal comes takes no other in its midst.
+            with contextlib.suppress(RuntimeError):
+                say("stopping after this step, which is saved; Ctrl-C again stops at once")
 
     # A shell starts what it puts into the background with Ctrl-C ignored, and so it stays.
     heard = saves and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN

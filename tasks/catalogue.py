@@ -118,9 +118,9 @@ def add(definition: Definition) -> Definition:
     name, before = definition.name, tasks.get(definition.name)
     if name in mixtures:
         raise ValueError(f"{name!r} is a mixture of tasks, expected another name for a task")
-    if before is not None and definition.made_of is not None:
-        if before.made_of == definition.made_of:
-            return before
+    same = before is not None and definition.made_of is not None
+    if same and before.made_of == definition.made_of:
+        return before
     tasks[name] = definition
     for follow in followers:
         follow(name)
