@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 
 from softprompt import heap
-from softprompt.settings import USER_DATA
 
 GIN_COMMANDS = ("train", "population", "eval", "infer", "baseline", "sweep", "transfer")
 # Commands that several processes can run together, and how they find each other.
@@ -313,6 +312,8 @@ def _listed(value: str) -> list[str]:
 
 def _user_data(args: argparse.Namespace) -> list[tuple[str, str]]:
     """The flags for a user's own data, as gin bindings."""
+    from softprompt.settings import USER_DATA
+
     bindings = []
     for flag, macro in USER_DATA.items():
         value = getattr(args, flag, None)

@@ -9,6 +9,8 @@ import zipfile
 
 import pytest
 
+import softprompt
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -29,6 +31,16 @@ def test_a_module_imports_none_of_a_higher_layer():
                 inner = node.module.split(".")[1:2] or [alias.name for alias in node.names]
                 upward += [(name, x) for x in inner if height.get(x, -9) > height[name]]
     assert upward == []
+
+
+def test_help_needs_no_jax_and_every_public_name_is_there():
+    code = "import sys; from softprompt.__main__ import main\n"
+    code += "try: main(['--help'])\nfinally: assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    for name in softprompt.__all__:
+        assert getattr(softprompt, name).__module__.startswith("softprompt.")
+    with pytest.raises(AttributeError, match="'softprompt' has no attribute 'tuned'"):
+        _ = softprompt.tuned
 
 
 @pytest.mark.slow
