@@ -37,7 +37,7 @@ def parse(
 
     Raises:
       ValueError: a file that is not found, a name that no file knows, a value that does not parse,
-        or required macros without a value (all of them listed).
+        or macros without a value, required ones or such as files refer to (all of them listed).
     """
     gin.clear_config()
     # gin also searches the paths added before; start from the working directory alone.
@@ -52,7 +52,7 @@ def parse(
         raise ValueError(f"no --gin_file given; shipped ones: {', '.join(shipped())}")
     for file in files:
         _parse_file(file, folders)
-    known = macros()
+    known = macros() | dict.fromkeys(_unset())
     for name, value in bindings:
         if "." not in name and name not in known:
             near = difflib.get_close_matches(name, known, n=3)
@@ -64,12 +64,15 @@ def parse(
         if isinstance(known.get(name), bool) and isinstance(macros()[name], str):
             raise ValueError(f"--gin.{name} is {value!r}, expected True or False")
     # Gin keeps a reference to its constant, which is resolved only when a function is called.
-    missing = [name for name, value in macros().items() if str(value) == "%gin.REQUIRED"]
+    unset = _unset()
+    missing = [name for name, value in macros().items() if str(value) == "%gin.REQUIRED"] + unset
     for name in set(missing) & set(optional):
         gin.parse_config(f"{name} = None")
     missing = [name for name in missing if name not in optional]
     if missing and complete:
         flags = " ".join(f"--gin.{name}=…" for name in missing)
+        if "ARCHITECTURE" in unset:
+            flags = f"a backbone's file, such as --gin_file=models/t5_1_1_embedded.gin, or {flags}"
         raise ValueError(f"required gin macros have no value: {', '.join(missing)}; give {flags}")
 
 
@@ -122,6 +125,14 @@ def macros() -> dict[str, Any]:
         if selector == "gin.macro":
             found[scope] = values.get("value")
     return dict(sorted(found.items()))
+
+
+def _unset() -> list[str]:
+    """Names of the macros that the files refer to and none of them sets."""
+    references = gin.config.iterate_references(
+        gin.config._CONFIG, to=gin.get_configurable(gin.config.macro)
+    )
+    return sorted({repr(reference).removeprefix("%") for reference in references} - {*macros()})
 
 
 def configured(function: Callable) -> Callable:

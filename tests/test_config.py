@@ -76,6 +76,17 @@ def test_what_all_models_share_takes_the_architecture_of_the_checkpoint():
     assert config.arguments(launch.train)["architecture"] is None
 
 
+def test_a_run_without_a_backbones_file_says_what_lacks():
+    given = [("MODEL_DIR", "run"), ("MIXTURE_OR_TASK_NAME", "wic"), ("DTYPE", "float32")]
+    with pytest.raises(ValueError) as error:
+        config.parse(["runs/prompt_finetune.gin"], given)
+    assert str(error.value).startswith(
+        "required gin macros have no value: ARCHITECTURE, DROPOUT_RATE, INITIAL_CHECKPOINT_PATH, "
+        "TASK_FEATURE_LENGTHS, VOCABULARY_FILE; give a backbone's file, such as "
+        "--gin_file=models/t5_1_1_embedded.gin, or --gin.ARCHITECTURE=… "
+    )
+
+
 @pytest.mark.parametrize("prompt_file", PROMPTS)
 def test_every_initialiser_resolves(prompt_file):
     parse(["models/t5_1_1_embedded.gin", "runs/prompt_finetune.gin", prompt_file])
