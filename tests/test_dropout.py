@@ -16,6 +16,11 @@ from softprompt.prompted import PromptedT5, slots
 UNEVEN = dataclasses.replace(TINY, num_encoder_layers=3, num_decoder_layers=2, dropout_rate=0.25)
 
 
+@pytest.fixture(scope="module")
+def uneven():
+    return backbones.random(UNEVEN, 1, mesh=partition.make_mesh(devices=1))
+
+
 def test_masks_keep_their_share_one_for_all_positions():
     cfg, rows, length, targets = UNEVEN, 64, 7, 5
     masks = dropout.draw(jax.random.key(0), cfg, rows, length, targets)
@@ -124,9 +129,8 @@ def test_a_stack_drops_its_input_and_its_output():
 
 @pytest.mark.parametrize("form", ["tokens", "packed", "labels", "packed labels"])
 @pytest.mark.parametrize("microbatches", [1, 2])
-def test_a_step_drops_what_is_drawn_for_it_before(form, microbatches):
-    mesh, rows = partition.make_mesh(devices=1), 3
-    backbone = backbones.random(UNEVEN, 1, mesh=mesh)
+def test_a_step_drops_what_is_drawn_for_it_before(uneven, form, microbatches):
+    mesh, rows = uneven.mesh, 3
     module, rng = PromptedT5(UNEVEN, rows), np.random.default_rng(0)
     ids = rng.integers(2, 60, (4, 9)).astype(np.int32)
     ids[:, :rows] = slots(UNEVEN.vocab_size, rows)
@@ -146,20 +150,18 @@ def test_a_step_drops_what_is_drawn_for_it_before(form, microbatches):
         )
     )  # fmt: skip
     state = train_step.init_state(trainable, optimizer, mesh)
-    inside = step(state, backbone.params, batch)
+    inside = step(state, uneven.params, batch)
     key = train_step.step_key(7, state["step"])
     by_rows = partition.batch_sharding(mesh)
     given = train_step.with_dropout(batch, UNEVEN, key, labels, by_rows)
     assert all(x.sharding.is_equivalent_to(by_rows, 2) for x in given[train_step.MASKS])
-    before = step(state, backbone.params, given)
+    before = step(state, uneven.params, given)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), inside, before)
     other = train_step.with_dropout(batch, UNEVEN, train_step.step_key(8, state["step"]), labels)
-    assert float(step(state, backbone.params, other)["loss_sum"]) != float(before["loss_sum"])
+    assert float(step(state, uneven.params, other)["loss_sum"]) != float(before["loss_sum"])
 
 
-def test_microbatches_drop_what_the_whole_batch_drops():
-    mesh = partition.make_mesh(devices=1)
-    backbone = backbones.random(UNEVEN, 1, mesh=mesh)
+def test_microbatches_drop_what_the_whole_batch_drops(uneven):
     rng = np.random.default_rng(0)
     batch = {
         "encoder_ids": rng.integers(2, 60, (4, 9)).astype(np.int32),
@@ -171,8 +173,8 @@ def test_microbatches_drop_what_the_whole_batch_drops():
     ends = []
     for parts in (1, 2, 4):
         step = train_step.make_step(PromptedT5(UNEVEN, 3), optimizer, microbatches=parts)
-        state = train_step.init_state(trainable, optimizer, mesh)
-        ends.append(jax.jit(step)(state, backbone.params, batch)["trainable"][train.PROMPT])
+        state = train_step.init_state(trainable, optimizer, uneven.mesh)
+        ends.append(jax.jit(step)(state, uneven.params, batch)["trainable"][train.PROMPT])
     assert float(jnp.abs(ends[0] - trainable[train.PROMPT]).max()) > 1e-3
     for end in ends[1:]:
         np.testing.assert_allclose(end, ends[0], atol=1e-5)
