@@ -12,6 +12,7 @@ import functools
 import hashlib
 import itertools
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,9 @@ from softprompt.vocabulary import EOS_ID, Vocabulary
 
 Batch = dict[str, np.ndarray]
 LENGTH_MULTIPLE = 8
+FEATURES = ("inputs", "targets")
+# A text that any two vocabularies cut differently.
+PROBE = "Is this tokenised as the backbone's texts are? 1,024 times, naïvely."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +77,7 @@ def make_examples(
         raise ValueError(f"{name}: there are no examples")
     cut = {}
     trimmed = {}
-    for feature, rows in (("inputs", inputs), ("targets", targets)):
+    for feature, rows in zip(FEATURES, (inputs, targets), strict=True):
         trimmed[feature] = [trim(ids, lengths[feature]) for ids in rows]
         full = (len(ids) + (not len(ids) or ids[-1] != EOS_ID) for ids in rows)
         cut[feature] = sum(n > lengths[feature] for n in full)
@@ -264,19 +268,50 @@ def cache_of(task: Any, split: str) -> str | None:
     return task.cache_dir
 
 
+def _features(task: Any) -> list[str]:
+    """Which of inputs and targets a seqio task has; one without targets is an error."""
+    found = [feature for feature in FEATURES if feature in task.output_features]
+    if "targets" not in found:
+        names = ", ".join(map(repr, task.output_features))
+        raise ValueError(f"task {task.name} has the features {names}, expected a feature 'targets'")
+    return found
+
+
+def _check_vocabulary(task: Any, records: Sequence[Mapping[str, Any]]) -> None:
+    """Raises unless a seqio task tokenises as the backbone does, and its ids are the backbone's."""
+    ours = catalogue.vocabulary()
+    for feature in _features(task):
+        theirs = task.output_features[feature].vocabulary.encode(PROBE)
+        # seqio.PassThroughVocabulary gives the text back: its tasks bring ids.
+        if theirs != PROBE and sorted(theirs) != sorted(ours.encode(PROBE)):
+            raise ValueError(
+                f"the {feature} of task {task.name} are tokenised by another vocabulary than the "
+                f"backbone's, {ours.path!r}: softprompt.tasks.features.VOCABULARY stands for it in "
+                "a seqio.Feature"
+            )
+        ids = [record[feature] for record in records if feature in record]
+        largest = max((int(x.max()) for x in ids if len(x)), default=0)
+        if largest >= ours.size:
+            raise ValueError(
+                f"the {feature} of task {task.name} hold the id {largest}, expected less than "
+                f"{ours.size}, the size of the backbone's vocabulary"
+            )
+
+
 def _check_tokens(task: Any, records: Sequence[Mapping[str, Any]], folder: str) -> None:
-    """Raises unless a sample of cached records is tokenised by the vocabulary in use.
+    """Raises unless a sample of cached records is tokenised by the task's vocabulary.
 
     In whatever order: of pieces that tie, TensorFlow Text may take others first.
     """
-    for feature in ("inputs", "targets"):
+    for feature in _features(task):
         vocabulary = task.output_features[feature].vocabulary
         for record in records[:: max(1, len(records) // 32)]:
             text = record.get(f"{feature}_pretokenized")
             if text is None:
                 continue
             ours = [*vocabulary.encode(text.decode("utf-8")), EOS_ID]
-            if sorted(trim(record[feature], len(ours) + 1).tolist()) != sorted(ours):
+            # A preprocessor may have left tokens out.
+            if Counter(trim(record[feature], len(ours) + 1).tolist()) - Counter(ours):
                 raise ValueError(
                     f"the cache {folder!r} of {task.name} was tokenised by another vocabulary "
                     f"than the backbone's: make it anew, or leave out its folder"
@@ -300,35 +335,50 @@ def from_task(task: Any, split: str, lengths: Mapping[str, int]) -> Examples:
     """All examples of a task's split, tokenised, in memory; from seqio's offline cache if any."""
     kept = _kept.get()
     if kept is None:
-        records = _records(task, split)
+        records = _records(task, split, lengths)
     else:
-        key = (task, split, catalogue.vocabulary_path())
+        key = (task, split, catalogue.vocabulary_path(), *sorted(lengths.items()))
+        if isinstance(task, catalogue.Definition):
+            key = key[:3]
         if key not in kept:
-            kept[key] = _records(task, split)
+            kept[key] = _records(task, split, lengths)
         records = kept[key]
+    return _examples(task, records, lengths)
+
+
+def _examples(task: Any, records: Sequence[dict[str, Any]], lengths: Mapping[str, int]) -> Examples:
     inputs = [r.get("inputs", np.zeros(0, np.int32)) for r in records]
     targets = [r["targets"] for r in records]
     return make_examples(task.name, inputs, targets, records, lengths)
 
 
-def _records(task: Any, split: str) -> list[dict[str, Any]]:
+def _records(task: Any, split: str, lengths: Mapping[str, int]) -> list[dict[str, Any]]:
+    """A split's records, whose inputs and targets `make_examples` cuts."""
     if split not in task.splits:
         raise ValueError(
             f"task {task.name} has no split {split!r}; it has {', '.join(task.splits)}"
         )
-    cached = None
     if isinstance(task, catalogue.Definition):
         records = task.records(split)
     else:
+        _check_vocabulary(task, ())
         cached = cache_of(task, split)
+        # Ours take no heed of the lengths: without them it is known what was cut.
+        own = task.name in catalogue.names()
         dataset = _dataset(
-            task, sequence_length=None, split=split, shuffle=False, use_cached=cached is not None
+            task,
+            sequence_length=None if own else dict(lengths),
+            split=split,
+            shuffle=False,
+            use_cached=cached is not None,
+            trim_output_features=False,
         )
         records = list(track(_rows(dataset), f"{task.name}: reading {split}", "examples"))
+        if cached is not None:
+            _check_tokens(task, records, cached)
+        _check_vocabulary(task, records)
     if not records:
         raise ValueError(f"task {task.name}, split {split!r}: there are no examples")
-    if cached is not None:
-        _check_tokens(task, records, cached)
     return records
 
 
@@ -379,12 +429,12 @@ def prefix_targets(examples: Examples, prefix: Sequence[int]) -> Examples:
 
 def first_examples(task: Any, split: str, lengths: Mapping[str, int], count: int) -> Examples:
     """The first `count` examples of a split too large for memory, always the same ones."""
+    _check_vocabulary(task, ())
     dataset = _dataset(task, sequence_length=dict(lengths), split=split, shuffle=False, seed=0)
     taken = dataset.take(count).as_numpy_iterator()
     records = list(track(taken, f"{task.name}: reading {split}", "examples", count))
-    return make_examples(
-        task.name, [r["inputs"] for r in records], [r["targets"] for r in records], records, lengths
-    )
+    _check_vocabulary(task, records)
+    return _examples(task, records, lengths)
 
 
 def stream_batches(
@@ -403,7 +453,9 @@ def stream_batches(
     import seqio
     import tensorflow as tf
 
-    get_tasks(name)
+    for task, _ in get_tasks(name):
+        if not isinstance(task, catalogue.Definition):
+            _check_vocabulary(task, ())
 
     def generate(start: int) -> Iterator[Batch]:
         dataset = seqio.get_mixture_or_task(name).get_dataset(
@@ -411,7 +463,7 @@ def stream_batches(
         )
         dataset = dataset.map(
             lambda x: {
-                "encoder_ids": tf.cast(x["inputs"][: lengths["inputs"]], tf.int32),
+                "encoder_ids": tf.cast(x.get("inputs", [EOS_ID])[: lengths["inputs"]], tf.int32),
                 "targets": tf.cast(x["targets"][: lengths["targets"]], tf.int32),
             }
         )

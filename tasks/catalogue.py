@@ -44,6 +44,11 @@ def vocabulary_path() -> str:
 _opened = functools.lru_cache(maxsize=8)(open_vocabulary)
 
 
+def vocabulary() -> AnyVocabulary:
+    """What tasks are tokenised with: the backbone's vocabulary, once `use_vocabulary` named it."""
+    return _opened(vocabulary_path())
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Definition:
     """A text-to-text task, with what a seqio task has that an evaluation asks for.
@@ -89,13 +94,12 @@ class Definition:
 
     def records(self, split: str) -> list[Example]:
         """All examples of a split, tokenised and with EOS; their texts as `…_pretokenized`."""
-        vocabulary: AnyVocabulary = _opened(vocabulary_path())
         found = self.examples(split)
         records = [{name: example[name] for name in self.extras} for example in found]
         for feature in ("inputs", "targets"):
             texts = [example[feature] for example in found]
             for record, text, ids in zip(
-                records, texts, vocabulary.encode_batch(texts), strict=True
+                records, texts, vocabulary().encode_batch(texts), strict=True
             ):
                 record[f"{feature}_pretokenized"] = text
                 record[feature] = np.array([*ids, EOS_ID], np.int32)

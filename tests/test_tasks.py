@@ -281,6 +281,92 @@ def test_a_cache_of_another_vocabulary_is_refused(cached_task):
         catalogue.use_vocabulary(None)
 
 
+@pytest.fixture
+def own_task(vocabulary):
+    """Adds a seqio task of one row, as a module of one's own would."""
+    import seqio
+
+    from softprompt.tasks import catalogue, features
+
+    names = []
+
+    def add(preprocessors, row, own=features.VOCABULARY, names_of=("inputs", "targets")):
+        import tensorflow as tf
+
+        names.append(f"own_task_{len(names)}")
+        feature = seqio.Feature(vocabulary=own, add_eos=True)
+        columns = {name: [value] for name, value in row.items()}
+        return seqio.TaskRegistry.add(
+            names[-1],
+            source=seqio.FunctionDataSource(
+                lambda split, shuffle_files, seed=None: tf.data.Dataset.from_tensor_slices(columns),
+                splits=["train"],
+            ),
+            preprocessors=preprocessors,
+            output_features={name: feature for name in names_of},
+            metric_fns=[],
+        )
+
+    catalogue.use_vocabulary(vocabulary.path)
+    yield add
+    for name in names:
+        seqio.TaskRegistry.remove(name)
+
+
+def test_preprocessors_of_ones_own_are_given_the_lengths(own_task, vocabulary):
+    import seqio
+
+    text = "the first words and then the last ones"
+    steps = [
+        seqio.preprocessors.tokenize,
+        seqio.preprocessors.truncate_inputs_left,
+        seqio.preprocessors.append_eos_after_trim,
+    ]
+    task = own_task(steps, {"inputs": text, "targets": "so"})
+    examples = data.from_task(task, "train", {"inputs": 4, "targets": 8})
+    assert examples.inputs[0].tolist() == [*vocabulary.encode(text)[-4:][:3], 1]
+    with data.keeping_records():
+        found = [data.from_task(task, "train", {"inputs": n, "targets": 8}) for n in (4, 6, 4)]
+    assert [len(x.inputs[0]) for x in found] == [4, 6, 4]
+    # What no preprocessor cuts is cut, and counted, here.
+    whole = own_task(steps[:1], {"inputs": text, "targets": "so"})
+    assert data.from_task(whole, "train", {"inputs": 4, "targets": 8}).cut["inputs"] == 1
+
+
+def test_a_task_that_tokenises_otherwise_than_the_backbone_is_refused(own_task, vocabulary):
+    import seqio
+
+    lengths = {"inputs": 16, "targets": 8}
+    texts = {"inputs": "a fine film", "targets": "so"}
+    other = own_task([seqio.preprocessors.tokenize], texts, seqio.ByteVocabulary())
+    for read in (data.from_task, lambda *given: data.first_examples(*given, 1)):
+        with pytest.raises(ValueError, match="the inputs of task own_task_0 are tokenised by anot"):
+            read(other, "train", lengths)
+    with pytest.raises(ValueError, match="the inputs of task own_task_0 are tokenised by anot"):
+        data.stream_batches("own_task_0", "train", lengths, 1, 0)
+    same = seqio.SentencePieceVocabulary(vocabulary.path, extra_ids=100)
+    found = data.from_task(own_task([seqio.preprocessors.tokenize], texts, same), "train", lengths)
+    assert found.inputs[0].tolist() == [*vocabulary.encode("a fine film"), 1]
+    ids = seqio.PassThroughVocabulary(vocabulary.size)
+    brought = {"inputs": [5, vocabulary.size - 1], "targets": [7]}
+    found = data.from_task(own_task([], brought, ids), "train", lengths)
+    assert found.inputs[0].tolist() == [5, vocabulary.size - 1, 1]
+    brought["inputs"][1] = vocabulary.size
+    with pytest.raises(ValueError, match=f"hold the id {vocabulary.size}, expected less than"):
+        data.from_task(own_task([], brought, ids), "train", lengths)
+    with pytest.raises(ValueError, match="has the features 'inputs', expected a feature 'targets'"):
+        data.from_task(own_task([], {"inputs": [5]}, ids, ["inputs"]), "train", lengths)
+
+
+def test_a_task_of_targets_alone_is_streamed(own_task):
+    import seqio
+
+    texts = {"targets": "so"}
+    own_task([seqio.preprocessors.tokenize], texts, names_of=["targets"])
+    batches = data.stream_batches("own_task_0", "train", {"inputs": 4, "targets": 4}, 2, 0)
+    assert next(batches(0))["encoder_ids"].tolist() == [[1, 0, 0, 0]] * 2
+
+
 def test_an_unknown_task_suggests_near_ones():
     from softprompt.tasks import registry  # noqa: F401
 
