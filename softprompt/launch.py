@@ -260,10 +260,12 @@ def train(
         params = cooccurrence.start_from(backbone.params, embeddings_file)
         fingerprint = tree.fingerprint(params)
         backbone = dataclasses.replace(backbone, params=params, fingerprint=fingerprint)
+    shards = None
     if text_corpus is not None:
         from softprompt.tasks import pretraining
 
         pretraining.use_corpus(text_corpus)
+        shards = pretraining.sizes("train")
     if stream:
         from softprompt.tasks import registry  # noqa: F401 (streams are seqio's)
     tasks = shared(load_tasks, mixture_or_task_name, mixture_or_task_module, user_data)
@@ -287,10 +289,12 @@ def train(
         batches = data.stream_batches(
             mixture_or_task_name, "train", task_feature_lengths, batch_size, seed, own
         )
-        parts = held_out = [
+        held_out = [
             data.first_examples(task, eval_split, task_feature_lengths, eval_examples or 256)
             for task, _ in tasks
         ]
+        # Text that is streamed is known by how it begins.
+        parts = [data.first_examples(task, "train", task_feature_lengths, 64) for task, _ in tasks]
         label_ids = eval_task.training_labels(loss, parts, class_labels, vocabulary, prefix)
     else:
         parts = [shared(data.from_task, task, "train", task_feature_lengths) for task, _ in tasks]
@@ -354,8 +358,8 @@ def train(
         "trainable": list(trainable),
         "frozen": list(frozen),
         "task_feature_lengths": dict(task_feature_lengths),
-        # Text that is streamed is known by its task alone.
-        "examples": None if stream else data.fingerprint(parts),
+        "examples": data.fingerprint(parts),
+        "shards": shards,
         "rates": rates if len(rates) > 1 else None,
         "labels": class_labels,
         "eval_split": eval_split,

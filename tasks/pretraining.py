@@ -56,6 +56,13 @@ def shards(split: str) -> list[str]:
     return paths
 
 
+def sizes(split: str) -> dict[str, int] | None:
+    """Bytes of each shard of `split`, by its name; None for text of TFDS."""
+    if _named_corpus().startswith(TFDS):
+        return None
+    return {os.path.basename(path): os.path.getsize(path) for path in shards(split)}
+
+
 def _documents(split: str, shuffle_files: bool = False, seed: int | None = None):
     corpus = _named_corpus()
     if corpus.startswith(TFDS):

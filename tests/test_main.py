@@ -17,6 +17,7 @@ import softprompt
 from softprompt import banks, evaluation, prompt, tree
 from softprompt.__main__ import main, split_gin
 from softprompt.importing import _without
+from softprompt.vocabulary import EMBEDDED
 
 ROOT = pathlib.Path(__file__).parent.parent
 MODEL = "--gin_file=models/t5_1_1_embedded.gin"
@@ -221,6 +222,30 @@ def test_packed_rows_of_a_length_that_was_found_train_by_the_loss_among_labels(
     said = capsys.readouterr().out
     length, share = map(int, re.search(r"packing: \d+ rows of (\d+), (\d+)% full", said).groups())
     assert 8 <= length <= 64 and share > 50
+
+
+@pytest.mark.slow
+def test_pretraining_goes_on_with_its_own_text_alone(tmp_path, capsys):
+    def pretrain(steps):
+        flags = ["models/t5_1_1_nano.gin", "runs/pretrain.gin"]
+        flags = [f"--gin_file={file}" for file in flags]
+        settings = {
+            "MODEL_DIR": tmp_path / "run", "CORPUS": tmp_path / "text", "BATCH_SIZE": 2,
+            "VOCABULARY_FILE": EMBEDDED, "TRAIN_STEPS": steps, "WARMUP_STEPS": 8,
+            "EVAL_EXAMPLES": 2, "TASK_FEATURE_LENGTHS": {"inputs": 16, "targets": 8},
+        }  # fmt: skip
+        return main(["train", *flags, *(f"--gin.{k}={v}" for k, v in settings.items())])
+
+    (tmp_path / "text").mkdir()
+    rows = [json.dumps({"text": f"Line {i} of a text that is long enough."}) for i in range(90)]
+    for split in ("train", "validation"):
+        (tmp_path / "text" / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
+    assert pretrain(1) == 0
+    assert "step 1/1" in capsys.readouterr().out
+    (tmp_path / "text" / "train-2.jsonl").write_text(rows[0] + "\n")
+    assert pretrain(2) == 2
+    said = capsys.readouterr().err
+    assert "holds another run" in said and "is now {'train-2.jsonl'" in said
 
 
 @pytest.mark.parametrize(
