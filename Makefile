@@ -8,7 +8,7 @@ quickstart: $(VENV)/installed
 	$(VENV)/bin/softprompt quickstart
 
 test: $(VENV)/installed-test
-	$(VENV)/bin/python -m pytest -q -n 2
+	$(VENV)/bin/python -m pytest -q -n 2 --dist worksteal
 
 $(VENV)/installed: setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -204,10 +204,11 @@ class Logbook:
 
     def _line(self, step: int, last: int) -> str:
         first, began = self._clock
-        rate = (step - first) / max(time.monotonic() - began, 1e-9)
-        left = duration((last - step) / rate) if rate else "?"
         loss, speed = self._said
-        parts = [f"step {step}/{last}", loss, f"{rate:.2f} steps/s", f"{left} left", speed]
+        parts = [f"step {step}/{last}", loss]
+        if step > first:
+            rate = (step - first) / max(time.monotonic() - began, 1e-9)
+            parts += [f"{rate:.2f} steps/s", f"{duration((last - step) / rate)} left", speed]
         return "  ".join(part for part in parts if part)
 
     def close(self) -> None:

@@ -109,7 +109,8 @@ class Need:
     """Bytes that a run takes on each device, by what they are for.
 
     `temporaries` are activations and everything else that lives within a step; `start` are the
-    backbone's own values of what trains, which a run keeps beside. `refused` is whether the
+    backbone's own values of what trains, which a run keeps beside. `kernels` is an estimate of what
+    a CPU's kernels allocate for themselves, uncounted by the compiler. `refused` is whether the
     compiler refuses the program for want of memory: the peak then is what it says that it takes, as
     far as it says it.
     """
@@ -120,11 +121,17 @@ class Need:
     batch: int
     temporaries: int
     start: int = 0
+    kernels: int = 0
     refused: bool = False
 
     @property
     def peak(self) -> int:
         return sum(getattr(self, name) for name in NAMES)
+
+    @property
+    def by_rows(self) -> int:
+        """The part that grows with the rows of a step."""
+        return self.temporaries + self.kernels
 
     def fits(self, limit: int) -> bool:
         """Whether `limit` bytes of a device are enough."""
@@ -233,7 +240,11 @@ def need(run: Run) -> Need:
     # Results that do not lie where an argument lay.
     fresh = stats.output_size_in_bytes - stats.alias_size_in_bytes
     temporaries = stats.temp_size_in_bytes + max(fresh, 0) + stats.generated_code_size_in_bytes
-    return dataclasses.replace(counted, temporaries=temporaries)
+    kernels = 0
+    if run.device.platform == "cpu":
+        # By runs that were measured: see docs/memory.md.
+        kernels = temporaries // (2 if run.cfg.remat == "full" else 3)
+    return dataclasses.replace(counted, temporaries=temporaries, kernels=kernels)
 
 
 def said_in_refusing(text: str) -> int:
@@ -313,9 +324,9 @@ def suggest(
 
 
 def _larger(run: Run, first: Need, limit: int, measure) -> list[tuple[Run, Need]]:
-    fixed = first.peak - first.temporaries
+    fixed = first.peak - first.by_rows
     times = 1
-    while fixed + 2 * times * first.temporaries <= limit and times < 64:
+    while fixed + 2 * times * first.by_rows <= limit and times < 64:
         times *= 2
     while times > 1:
         larger = run.but(rows=run.rows * times, batch_size=run.batch_size * times)
@@ -334,7 +345,7 @@ def _fewest_parts(run: Run, limit: int, measure) -> tuple[Run, Need] | None:
     if not least_need.fits(limit):
         return None
     # One row costs at most what a part of one row does: a first guess that is rather too low.
-    room = (limit - (least_need.peak - least_need.temporaries)) / least_need.temporaries
+    room = (limit - (least_need.peak - least_need.by_rows)) / least_need.by_rows
     for candidate in candidates[:-1]:
         if candidate.part <= room * least.part:
             needed = measure(candidate)
@@ -426,13 +437,9 @@ def report(run: Run, found: Need, limit: int | None) -> str:
         "per device, GiB",
     ]
     for name, title in NAMES.items():
-        lines.append(f"  {title:28} {getattr(found, name) / gib:9.3f}")
+        if name != "kernels" or found.kernels:
+            lines.append(f"  {title:28} {getattr(found, name) / gib:9.3f}")
     lines.append(f"  {'peak':28} {found.peak / gib:9.3f}")
-    if run.device.platform == "cpu":
-        lines.append(
-            "on a CPU kernels take memory of their own, which is not counted: allow for a third "
-            "more, with REMAT='full' for half"
-        )
     if limit is None:
         lines.append("the device's memory is not known: give --device_memory=80GiB")
         return "\n".join(lines)
@@ -464,6 +471,7 @@ NAMES = {
     "batch": "batch",
     "temporaries": "activations, temporaries",
     "start": "what trained weights were",
+    "kernels": "of kernels, an estimate",
 }
 
 

@@ -280,6 +280,7 @@ def test_a_need_is_what_the_arrays_and_the_program_take(whole):
     assert whole.trained == 4 * 24 * 4
     assert whole.batch == 8 * (64 + 8) * 4
     assert whole.peak == sum(dataclasses.astuple(whole))
+    assert whole.kernels == whole.temporaries // 3
     # At least the inputs of every layer and its MLP's outputs live through the forward pass.
     assert whole.temporaries > 6 * 8 * 64 * (24 + 2 * 128) * 4
 
