@@ -21,7 +21,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from softprompt import checkpoint, config, data, launch, page, provenance, report, selection
+from softprompt import (
+    checkpoint,
+    config,
+    content,
+    data,
+    launch,
+    page,
+    provenance,
+    report,
+    selection,
+)
 from softprompt import train as training
 from softprompt.logbook import duration, say
 from softprompt.report_many import folder_name
@@ -247,24 +257,26 @@ def _known(bindings: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def _identity() -> str:
-    """A digest of the configuration, less the plan it belongs to and where it is written."""
-    return hashlib.sha256("\n".join(_lines(config.operative())).encode()).hexdigest()[:16]
+    """A digest of the configuration and of what it reads, less the plan and where it is written."""
+    read = content.of(config.macros())
+    lines = [*_lines(config.operative(), content.elsewhere(read)), json.dumps(read, sort_keys=True)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
-def _lines(text: str) -> list[str]:
-    """A configuration's lines, but for those of the plan and of where it is written."""
+def _lines(text: str, without: Collection[str] = ()) -> list[str]:
+    """A configuration's lines, but for the plan's, those of where it is written, and `without`."""
     kept, keep = [], True
     for line in text.splitlines():
         if not line.startswith(" "):  # Else it goes on with the binding above it.
-            keep = line.split(" = ")[0] not in PLAN
+            keep = line.split(" = ")[0] not in {*PLAN, *without}
         if keep:
             kept.append(line)
     return kept
 
 
-def _settings(text: str) -> dict[str, str]:
+def _settings(text: str, without: Collection[str] = ()) -> dict[str, str]:
     """The bindings among a configuration's `_lines`, long ones joined."""
-    joined = re.sub(r"(?: \\)?\n +", " ", "\n".join(_lines(text)))
+    joined = re.sub(r"(?: \\)?\n +", " ", "\n".join(_lines(text, without)))
     pairs = (line.partition(" = ") for line in joined.splitlines())
     return {name: value.strip() for name, equals, value in pairs if equals}
 
@@ -277,12 +289,18 @@ def finished(run: Run) -> Outcome | None:
     found = checkpoint.read_object(path)
     if found.get("configuration") != _identity():
         before = run.folder / "config.gin"
-        was = _settings(before.read_text(encoding="utf-8")) if before.is_file() else {}
-        differ = checkpoint.differences(was, _settings(config.operative())) if was else []
+        read = content.of(config.macros())
+        apart = content.elsewhere(read)
+        was = _settings(before.read_text(encoding="utf-8"), apart) if before.is_file() else {}
+        differ = checkpoint.differences(was, _settings(config.operative(), apart)) if was else []
+        differ += [
+            f"the content of {said}"
+            for said in checkpoint.differences(found.get("content", {}), read)
+        ]
         raise ValueError(
             f"{str(run.folder)!r} was made by another configuration than {run} has now "
             f"({'; '.join(differ[:4]) or 'its config.gin does not tell'}); give the same settings "
-            f"to go on, use another output folder, or delete that one"
+            f"and data to go on, use another output folder, or delete that one"
         )
     score = math.nan if found["score"] is None else found["score"]
     return Outcome(run, score, found["figures"], found["seconds"], found.get("diverged", False))
@@ -290,7 +308,7 @@ def finished(run: Run) -> Outcome | None:
 
 def do(run: Run, binary: str) -> Outcome | None:
     """Does one run; None if it was interrupted. A diverged one has no figures, and no score."""
-    identity = _identity()
+    identity, read = _identity(), content.of(config.macros())
     best_metric = config.macros().get("BEST_METRIC")
     began = time.monotonic()
     figures: Mapping[str, float]
@@ -312,7 +330,7 @@ def do(run: Run, binary: str) -> Outcome | None:
     seconds = time.monotonic() - began
     record = {
         "score": score, "figures": figures, "seconds": seconds, "configuration": identity,
-        "diverged": diverged,
+        "content": read, "diverged": diverged,
     }  # fmt: skip
     checkpoint.write_atomically(run.folder / "result.json", json.dumps(record, indent=2).encode())
     return Outcome(run, math.nan if score is None else score, figures, seconds, diverged)

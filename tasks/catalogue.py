@@ -6,6 +6,7 @@ reads a definition as it is, and so starts without importing either: same texts,
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -60,6 +61,8 @@ class Definition:
       metric_fns: as seqio's, of `(targets, predictions)`.
       postprocessor: as seqio's `postprocess_fn`; None for texts as they are.
       extras: fields besides `inputs` and `targets`, with their kinds.
+      file: the file that a split's rows are read from; None where they come from elsewhere. One
+        that is missing may be an error.
       made_of: what tells whether another definition would be the same one.
     """
 
@@ -69,6 +72,7 @@ class Definition:
     metric_fns: Sequence[Callable]
     postprocessor: Callable | None = None
     extras: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    file: Callable[[str], str | os.PathLike | None] = lambda split: None
     made_of: Any = None
 
     score_metric_fns = predict_with_aux_metric_fns = metric_objs = ()

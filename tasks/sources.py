@@ -176,7 +176,7 @@ def define(spec: Spec) -> None:
     catalogue.add(
         Definition(
             spec.name, examples, tuple(spec.splits), list(spec.metric_fns), spec.postprocess_fn,
-            spec.extras,
+            spec.extras, lambda split: _find(spec, split)[1],
         )
     )  # fmt: skip
 

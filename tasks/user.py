@@ -58,5 +58,8 @@ def define_task(
     postprocess_fn = labels and functools.partial(postprocessors.label_to_id, label_classes=labels)
     made_of = (files, template, target, labels, list(metric_fns))
     return catalogue.add(
-        Definition(name, examples, tuple(files), made_of[-1], postprocess_fn, made_of=made_of)
-    )
+        Definition(
+            name, examples, tuple(files), made_of[-1], postprocess_fn,
+            file=files.get, made_of=made_of,
+        )
+    )  # fmt: skip

@@ -129,6 +129,51 @@ def test_ones_own_data_take_the_place_of_a_sweeps_tasks(tmp_path, small, capsys)
     assert "softprompt transfer takes no --train_file" in capsys.readouterr().err
 
 
+def test_a_finished_run_is_of_the_data_it_was_made_of(tmp_path, small, capsys, monkeypatch):
+    from softprompt.tasks import sources
+
+    monkeypatch.setattr(sources, "_data_dir", None)  # As it was, once the test is over.
+
+    def rows(folder, *labels):
+        (tmp_path / folder / "super_glue" / "cb").mkdir(parents=True)
+        for split in ("train", "validation"):
+            lines = [
+                {"premise": f"one of {i}", "hypothesis": "none", "label": label, "idx": i}
+                for i, label in enumerate(labels)
+            ]
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            (tmp_path / folder / "super_glue" / "cb" / f"{split}.jsonl").write_text(text)
+
+    def run(*flags):
+        lines = "{'': ['runs/baseline.gin', 'METHOD=majority', 'BINARY=baseline']}"
+        given = [flag for flag in small if not flag.startswith("--gin.BATCH_SIZE")]
+        code = main(["sweep", *given, f"--gin.LINES={lines}", "--gin.SEEDS=[0]", *flags])
+        said = capsys.readouterr()
+        return code, said.out + said.err
+
+    rows("one", 0, 0, 1), rows("two", 1, 1, 0)
+    (tmp_path / "moved").symlink_to("one")
+    flags = ["--gin.TASKS={'super_glue_cb': []}", f"--gin.SWEEP_DIR={tmp_path / 'shared'}"]
+    assert "--- run 2/2" in run(*flags, f"--data_dir={tmp_path / 'one'}")[1]
+    code, said = run(*flags, f"--data_dir={tmp_path / 'moved'}")
+    assert code == 0 and "--- run" not in said, "the same rows elsewhere"
+    code, said = run(*flags, f"--data_dir={tmp_path / 'two'}")
+    assert code == 2 and "the content of super_glue_cb/train was '" in said
+
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text('{"text": "a", "label": 0}\n{"text": "b", "label": 0}\n')
+    own = [f"--train_file={mine}", f"--validation_file={mine}", "--labels=good,bad"]
+    assert run(*own)[0] == 0
+    mine.rename(tmp_path / "other.jsonl")
+    own = [flag.replace("mine", "other") for flag in own]
+    code, said = run(*own)
+    assert code == 0 and "--- run" not in said
+    with open(tmp_path / "other.jsonl", "a") as file:
+        file.write('{"text": "c", "label": 1}\n')
+    code, said = run(*own, "--gin.SEEDS=[0, 1]")
+    assert code == 2 and "the content of user_task/train was '" in said
+
+
 def test_a_malformed_sweep_is_one_sentence():
     with pytest.raises(ValueError, match="a sweep needs SWEEP_DIR, TITLE"):
         sweep.read({})

@@ -3,12 +3,14 @@
 import csv
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 
 from softprompt import sweep, transfer
 from softprompt.__main__ import main
+from softprompt.formats import native
 from softprompt.transfer import Figure
 
 MACROS = {
@@ -128,6 +130,9 @@ def test_the_command_trains_evaluates_goes_on_and_grows(tiny_folder, tmp_path, c
         f"--- {method}, evaluated on t_far, t_near, seed 0"
         for method in ("model tuning", "prompt tuning")
     ], "only what is new is run"
+    shutil.copytree(tmp_path / "out", tmp_path / "moved")
+    said = run("--gin.SEEDS=[0]", f"--gin.TRANSFER_DIR={tmp_path / 'moved'}")
+    assert started(said) == [], "a folder that was moved goes on"
     with open(tmp_path / "out" / "results.csv") as file:
         assert list(csv.DictReader(file)) == rows, "a task that is a target twice counts once"
 
@@ -174,9 +179,35 @@ def test_a_run_stays_finished_in_a_larger_plan_alone():
     for same in ({"SEEDS": "[0, 1, 2, 3]"}, {"TRANSFER_DIR": "y"}, {"METHODS": methods},
                  {"MODEL_DIR": "n"}, {"TARGETS": "['squad']"}):  # fmt: skip
         assert identity(**same) == plain
-    for other in ({"SEED": "1"}, {"TRAIN_STEPS": "7"}, {"MIXTURE_OR_TASK_NAME": "t"},
+    for other in ({"SEED": "1"}, {"TRAIN_STEPS": "7"}, {"MIXTURE_OR_TASK_NAME": "glue_mrpc"},
                   {"TASK_FEATURE_LENGTHS": "{'inputs': 8, 'targets': 8}"}):  # fmt: skip
         assert identity(**other) != plain
+
+
+def test_what_was_trained_is_known_wherever_it_lies(tmp_path, tiny_folder):
+    from softprompt import config
+
+    def identity(folder):
+        settings = {
+            "MIXTURE_OR_TASK_NAME": "embedded_sentiment",
+            "TASK_FEATURE_LENGTHS": {"inputs": 8, "targets": 8},
+            "PROMPT_FILE": str(folder / "best.safetensors"),
+            "INITIAL_CHECKPOINT_PATH": str(folder / "backbone"),
+        }
+        config.parse(transfer.EVAL_FILES, [(k, repr(v)) for k, v in settings.items()])
+        return sweep._identity()
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        shutil.copytree(tiny_folder, folder / "backbone")
+        (folder / "best.safetensors").write_text("one")
+    assert identity(first) == identity(second)
+    (second / "best.safetensors").write_text("another")
+    assert identity(first) != identity(second)
+    (first / "best.safetensors").write_text("another")
+    shutil.rmtree(second / "backbone")
+    native.save(second / "backbone", native.open_stored(first / "backbone"), "bfloat16")
+    assert identity(first) != identity(second), "other weights"
 
 
 @pytest.mark.parametrize(
