@@ -18,7 +18,6 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from softprompt import (
@@ -208,7 +207,7 @@ def sweep(
                 left = f", about {duration(np.mean(spent) * (len(planned) - number + 1))} left"
             say(f"--- run {number}/{len(planned)}: {run}{left}")
             outcome = do(run, binary)
-            jax.clear_caches()
+            training.clear_caches()
             if outcome is None:
                 say(f"stopped during {run}; the same command goes on from here")
                 return False

@@ -124,6 +124,25 @@ def termination(saves: bool) -> Iterator[Callable[[int], bool]]:
         raise KeyboardInterrupt
 
 
+def clear_caches() -> None:
+    """`jax.clear_caches` between trainings, during which Ctrl-C waits.
+
+    It calls back as weak references end, where Python prints what is raised, and loses it.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    if not main or not callable(signal.getsignal(signal.SIGINT)):
+        jax.clear_caches()
+        return
+    asked: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
+    try:
+        jax.clear_caches()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if asked:
+        raise KeyboardInterrupt
+
+
 @contextlib.contextmanager
 def own_folder(model_dir: str | os.PathLike | None) -> Iterator[None]:
     """MODEL_DIR as this run's alone, if what lies there is a run's: see `checkpoint.locked`."""

@@ -10,10 +10,10 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from softprompt import checkpoint, config, data, provenance, report, sweep
+from softprompt import train as training
 from softprompt.logbook import duration, say
 from softprompt.report import NAME as REPORT
 from softprompt.report_many import folder_name
@@ -133,7 +133,7 @@ def transfer(
                 _check_data(spec)
             say(f"--- training {number}/{len(planned)}: {run}{left}")
             trained = sweep.do(run, "train")
-            jax.clear_caches()
+            training.clear_caches()
             if trained is None:
                 say(f"stopped during {run}; the same command goes on from here")
                 return False
@@ -199,7 +199,7 @@ def evaluated(run: sweep.Run, target: str, split: str, macros: Mapping[str, Any]
     if outcome is None:
         say(f"--- {evaluation}")
         outcome = sweep.do(evaluation, "eval")
-        jax.clear_caches()
+        training.clear_caches()
     found = []
     for name, value in outcome.figures.items():
         task, slash, metric = name.rpartition("/")

@@ -411,6 +411,23 @@ def test_ctrl_c_saves_the_step_and_ends_the_process(tmp_path):
     assert f"resuming from step {stopped_at}" in said and "step 60/60" in said
 
 
+def test_ctrl_c_waits_until_the_caches_are_cleared(own_signals, monkeypatch):
+    own_signals(signal.default_int_handler)
+    done = []
+
+    def clear():
+        signal.raise_signal(signal.SIGINT)
+        done.append(True)
+
+    monkeypatch.setattr(jax, "clear_caches", clear)
+    with pytest.raises(KeyboardInterrupt):
+        train.clear_caches()
+    assert done and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    own_signals(signal.SIG_IGN)
+    train.clear_caches()
+    assert len(done) == 2, "of a run in the background nothing is asked"
+
+
 @pytest.fixture
 def own_signals():
     """A handler of Ctrl-C whose change a test may see, put back after it."""
