@@ -3,6 +3,7 @@
 import argparse
 import os
 import pathlib
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -12,6 +13,8 @@ GIN_COMMANDS = ("train", "population", "eval", "infer", "baseline", "sweep", "tr
 # Commands that several processes can run together, and how they find each other.
 JOB_COMMANDS = ("train", "eval")
 JOB_FLAGS = ("coordinator_address", "num_processes", "process_id", "distributed")
+# As a shell tells that SIGTERM ended a command, so that what comes after it does not run.
+STOPPED = 128 + signal.SIGTERM
 # What a run must be given, but the memory it needs does not depend on.
 NOT_FOR_DRY_RUNS = ("MODEL_DIR", "MIXTURE_OR_TASK_NAME", "INITIAL_CHECKPOINT_PATH", "CORPUS",
                     "VOCABULARY_FILE")  # fmt: skip
@@ -250,13 +253,12 @@ def _run_gin(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> int:
         of_many = {
             "sweep": sweep.sweep, "population": members.run, "transfer": transfer.transfer
         }  # fmt: skip
-        of_many[args.command](*parsed)
-        return 0
+        return 0 if of_many[args.command](*parsed) else STOPPED
     config.parse(*parsed)
     _use_data(args)
     with config.errors():
-        config.configured(getattr(launch, args.command))()
-    return 0
+        found = config.configured(getattr(launch, args.command))()
+    return STOPPED if args.command == "train" and found.interrupted else 0
 
 
 def _use_data(args: argparse.Namespace) -> None:
@@ -290,8 +292,7 @@ def _reproduce(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> int
         reduced=args.reduced,
         bindings=tuple(bindings),
     )
-    reproduce.run(args.name, options, args.plan)
-    return 0
+    return 0 if reproduce.run(args.name, options, args.plan) else STOPPED
 
 
 def _gin_bindings(args: argparse.Namespace) -> list[tuple[str, str]]:
@@ -340,7 +341,11 @@ def _clear_bar() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; a user's mistake is one sentence on standard error and exit code 2."""
+    """Runs a command and returns its exit code.
+
+    A user's mistake is one sentence on standard error and 2; what SIGTERM stopped before its end
+    is 143, Ctrl-C 130.
+    """
     _quiet()
     try:
         rest, bindings = split_gin(sys.argv[1:] if arguments is None else arguments)
@@ -362,7 +367,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from softprompt import quickstart
 
             heap.keep()
-            return quickstart.run(args.output_dir, args.task, args.steps, args.seed)
+            done = quickstart.run(args.output_dir, args.task, args.steps, args.seed)
+            return 0 if done else STOPPED
         if args.command == "vocabulary":
             from softprompt import vocabulary
 

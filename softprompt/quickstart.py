@@ -26,8 +26,8 @@ def run(
     task: str | None = None,
     steps: int | None = None,
     seed: int = 0,
-) -> int:
-    """Tunes a prompt on an embedded data set and says what happened; returns the exit code."""
+) -> bool:
+    """Tunes a prompt on an embedded data set and says what happened; False if SIGTERM ended it."""
     began = time.monotonic()
     task, folder = task or TASK, pathlib.Path(output_dir)
     steps = STEPS if steps is None else steps
@@ -72,7 +72,7 @@ def run(
         seed=seed,
     )
     if prompt.metadata["step"] < steps:
-        return 0  # Stopped by SIGTERM, which the training has reported.
+        return False  # The training has reported it.
     path = folder / f"{task}.safetensors"
     prompt.save(path)
     after = accuracy(prompt)
@@ -94,7 +94,7 @@ def run(
         f"--gin.MIXTURE_OR_TASK_NAME=embedded_{task} --gin.TRAIN_STEPS={steps} "
         f"--gin.EVAL_PERIOD={max(steps // 3, 1)} --gin.MODEL_DIR={shlex.quote(str(folder / 'gin'))}"
     )
-    return 0
+    return True
 
 
 def program() -> str:

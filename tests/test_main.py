@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 import shlex
+import signal
 import subprocess
 import sys
 
@@ -14,7 +15,18 @@ import numpy as np
 import pytest
 
 import softprompt
-from softprompt import banks, evaluation, prompt, tree
+from softprompt import (
+    banks,
+    evaluation,
+    members,
+    prompt,
+    quickstart,
+    reproduce,
+    sweep,
+    train_step,
+    transfer,
+    tree,
+)
 from softprompt.__main__ import main, split_gin
 from softprompt.importing import _without
 from softprompt.vocabulary import EMBEDDED
@@ -341,6 +353,32 @@ def test_inspect_prints_what_files_say_of_themselves(capsys):
     assert main(["inspect", "embedded"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["metadata"]["trained_from"] and "## Data and licences" in said["model_card"]
+
+
+def test_what_sigterm_stopped_exits_as_a_shell_has_it(tmp_path, monkeypatch, capsys):
+    real = train_step.jit_step
+
+    def jit_step(step):
+        def stopped(*arguments):
+            signal.raise_signal(signal.SIGTERM)
+            return real(step)(*arguments)
+
+        return stopped
+
+    flags = ["--gin.MIXTURE_OR_TASK_NAME=embedded_sentiment", "--gin.EVAL_SPLIT=none"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train_step, "jit_step", jit_step)
+        assert train(tmp_path / "run", *flags) == 143
+    assert "stopped by a signal after step 1" in capsys.readouterr().out
+    assert train(tmp_path / "run", *flags) == 0
+    for module, name, command in (
+        (sweep, "sweep", ["sweep"]), (transfer, "transfer", ["transfer"]),
+        (members, "run", ["population"]), (reproduce, "run", ["reproduce", "figure4"]),
+        (quickstart, "run", ["quickstart"]),
+    ):  # fmt: skip
+        for done, code in ((True, 0), (False, 143)):
+            monkeypatch.setattr(module, name, lambda *_, done=done, **__: done)
+            assert main(command) == code
 
 
 def test_the_quickstart_runs_to_its_end(tmp_path, capsys):

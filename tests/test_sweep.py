@@ -65,7 +65,7 @@ def test_a_sweep_runs_resumes_and_reports(tmp_path, small, capsys, monkeypatch):
         return None if len(calls) == 3 else real(run, binary)
 
     monkeypatch.setattr(sweep, "do", cut)
-    assert main(["sweep", *small]) == 0
+    assert main(["sweep", *small]) == 143
     assert "the same command goes on from here" in capsys.readouterr().out
     read, reads = data._records, []
 
