@@ -1,6 +1,7 @@
 """Command line: softprompt train, eval, infer, baseline, sweep, reproduce, and tools."""
 
 import argparse
+import functools
 import os
 import pathlib
 import signal
@@ -251,8 +252,10 @@ def _run_gin(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> int:
         from softprompt import members, sweep, transfer
 
         of_many = {
-            "sweep": sweep.sweep, "population": members.run, "transfer": transfer.transfer
-        }  # fmt: skip
+            "sweep": functools.partial(sweep.sweep, strict=True),
+            "population": members.run,
+            "transfer": transfer.transfer,
+        }
         return 0 if of_many[args.command](*parsed) else STOPPED
     config.parse(*parsed)
     _use_data(args)

@@ -32,9 +32,7 @@ def of(macros: Mapping[str, Any]) -> dict[str, str | None]:
       ValueError: the task is unknown, or its settings are malformed.
     """
     found: dict[str, str | None] = {}
-    user = UserData(**{k: macros[name] for k, name in USER_DATA.items() if name in macros})
-    modules = macros.get("MIXTURE_OR_TASK_MODULE")
-    for task, _ in load_tasks(macros["MIXTURE_OR_TASK_NAME"], modules, user):
+    for task in tasks(macros):
         definition = catalogue.tasks.get(task.name)
         for split in splits(macros) if definition else ():
             if split in definition.splits and (path := _file(definition, split)) is not None:
@@ -51,6 +49,13 @@ def of(macros: Mapping[str, Any]) -> dict[str, str | None]:
 def elsewhere(found: Mapping[str, str | None]) -> set[str]:
     """Macros that name files whose content, which is `found`, says all: where they lie is open."""
     return {*found, *USER_FILES}
+
+
+def tasks(macros: Mapping[str, Any]) -> list[Any]:
+    """The tasks of the run that gin's macros describe, defined if need be."""
+    user = UserData(**{k: macros[name] for k, name in USER_DATA.items() if name in macros})
+    modules = macros.get("MIXTURE_OR_TASK_MODULE")
+    return [task for task, _ in load_tasks(macros["MIXTURE_OR_TASK_NAME"], modules, user)]
 
 
 def splits(macros: Mapping[str, Any]) -> list[str]:

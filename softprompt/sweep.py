@@ -34,7 +34,8 @@ from softprompt import (
 from softprompt import train as training
 from softprompt.logbook import duration, say
 from softprompt.report_many import folder_name
-from softprompt.settings import are_texts, check_path
+from softprompt.settings import are_texts, check_kinds, check_path
+from softprompt.tasks import sources
 
 BINARIES = ("train", "baseline")
 # The macro that names a binary's output folder.
@@ -72,7 +73,10 @@ class Spec:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One combination, the gin files and bindings that make it, and its folder."""
+    """One combination, the gin files and bindings that make it, and its folder.
+
+    What flags say goes over the settings `of_task`, not over the others.
+    """
 
     line: str
     point: str
@@ -80,6 +84,7 @@ class Run:
     seed: int
     settings: Sequence[str]
     folder: pathlib.Path
+    of_task: Sequence[str] = ()
 
     def __str__(self) -> str:
         names = [self.line, self.point, self.task, f"seed {self.seed}"]
@@ -114,6 +119,7 @@ def read(macros: Mapping[str, Any]) -> Spec:
         return {name: [fill(s) for s in found] for name, found in settings.items()}
 
     check_path("SWEEP_DIR", macros["SWEEP_DIR"])
+    check_kinds(**{k: (macros[k], isinstance(macros[k], str), "a text") for k in ("TITLE", "AXIS")})
     return Spec(
         pathlib.Path(macros["SWEEP_DIR"]),
         macros["TITLE"],
@@ -169,30 +175,33 @@ def runs(spec: Spec) -> Iterator[Run]:
                 for line, of_line in spec.lines.items():
                     names = [folder_name(n) for n in (line, point, task) if n]
                     folder = spec.folder.joinpath("runs", *names, str(seed))
-                    settings = [*of_line, *of_point, f"MIXTURE_OR_TASK_NAME={task}", *of_task]
-                    settings += [f"SEED={seed}"]
-                    yield Run(line, point, task, seed, settings, folder)
+                    settings = [*of_line, *of_point, f"MIXTURE_OR_TASK_NAME={task}", f"SEED={seed}"]
+                    yield Run(line, point, task, seed, settings, folder, of_task)
 
 
 def sweep(
     files: Sequence[str],
     bindings: Sequence[tuple[str, str]] = (),
     search_paths: Sequence[str] = (),
+    strict: bool = False,
 ) -> bool:
     """Runs what is not finished yet, and writes results after every run.
 
     Writes `results.csv` (a row per run), `summary.csv` and `table.md` (mean and sample standard
     deviation over seeds), `plot.png` and `report.html` to SWEEP_DIR. Returns False if SIGTERM
-    stopped it.
+    stopped it. If `strict`, a binding that POINTS, LINES or SEEDS take from every run is an error.
     """
     config.parse(files, (), search_paths, complete=False)
     config.parse(files, _known(bindings), search_paths)
     spec = read(config.macros())
     planned = list(runs(spec))
     known = set()
+    if strict:
+        check_free(bindings, LINES=spec.lines, POINTS=spec.points)
     for run in planned:
         configure(run, files, bindings, search_paths)
         known |= set(config.macros())
+        _check_task(run)
     check_known(bindings, known)
     outcomes, spent = [], []
     with data.keeping_records():
@@ -220,6 +229,34 @@ def sweep(
     return True
 
 
+def _check_task(run: Run) -> None:
+    """Raises where the run in force has no such task, split or local data."""
+    macros = config.macros()
+    try:
+        tasks = content.tasks(macros)
+        if macros["BINARY"] == "train":
+            check_split(tasks, "train")
+        if held_out := [task for task in tasks if macros["EVAL_SPLIT"] in task.splits]:
+            check_split(held_out, macros["EVAL_SPLIT"])
+    except ValueError as error:
+        raise ValueError(f"{run}: {error}") from None
+    if not held_out:
+        raise ValueError(
+            f"{run} evaluates nothing (EVAL_SPLIT is {macros['EVAL_SPLIT']!r}): a sweep compares "
+            f"figures"
+        )
+
+
+def check_split(tasks: Iterable[Any], split: str) -> None:
+    """Raises where a task lacks the split, or its data that only a local folder can have."""
+    for task in tasks:
+        if split not in task.splits:
+            raise ValueError(
+                f"task {task.name} has no split {split!r}; it has {', '.join(task.splits)}"
+            )
+        sources.check_local(task.name, split)
+
+
 def _check_figures(outcome: Outcome) -> None:
     if not outcome.figures and not outcome.diverged:
         raise ValueError(f"{outcome.run} evaluated nothing (EVAL_SPLIT): a sweep compares figures")
@@ -231,14 +268,37 @@ def check_known(bindings: Sequence[tuple[str, str]], known: Collection[str]) -> 
         raise ValueError(f"--gin.{odd[0]}: no run of this sweep knows the name {odd[0]!r}")
 
 
+def check_free(bindings: Sequence[tuple[str, str]], **plan: Settings) -> None:
+    """Raises where a binding names what SEEDS, or all settings of one of `plan`, set for each run.
+
+    What only some of them set, such as the steps of one method, is free for the others.
+    """
+    takers = {"SEED": "SEEDS"}
+    for who, settings in plan.items():
+        names = [{s.split("=", 1)[0] for s in own if "=" in s} for own in settings.values()]
+        takers |= dict.fromkeys(set.intersection(*names), who)
+    for name, _ in bindings:
+        if name in takers:
+            raise ValueError(
+                f"--gin.{name}: {takers[name]} sets {name} for every run; give --gin."
+                f"{takers[name]} in its place"
+            )
+
+
 def configure(run: Run, files, bindings, search_paths) -> str:
     """Makes gin's configuration that of the run; returns the binary that it configures."""
-    extra = [s for s in run.settings if s.endswith(".gin") and "=" not in s]
-    own = [tuple(s.split("=", 1)) for s in run.settings if s not in extra]
-    if bad := [pair for pair in own if len(pair) != 2]:
-        raise ValueError(f"{run}: {bad[0][0]!r} is neither a .gin file nor NAME=value")
-    # What the command line says holds for every run that knows the name: over the files, but not
-    # over the points.
+    every = [*run.settings, *run.of_task]
+    extra = [s for s in every if s.endswith(".gin") and "=" not in s]
+    if bad := [s for s in every if s not in extra and "=" not in s]:
+        raise ValueError(f"{run}: {bad[0]!r} is neither a .gin file nor NAME=value")
+    own, of_task = (
+        [(name, value) for name, equals, value in (s.partition("=") for s in part) if equals]
+        for part in (run.settings, run.of_task)
+    )
+    # What the command line says holds for every run that knows the name: over the files and what
+    # suits a task, but not over the points.
+    given = {name for name, _ in bindings}
+    own += [pair for pair in of_task if pair[0] not in given]
     files = [*files, *extra]
     config.parse(files, (), search_paths, complete=False)
     bindings = [*_known(bindings), *own]
@@ -475,7 +535,8 @@ def plot(
         )
     if numeric:
         # 0 (no prompt, no adaptation) has a place on it too.
-        axes.set_xscale("symlog", linthresh=max(min(x for x in places if x > 0), 1e-9))
+        nearest = min((abs(x) for x in places if x), default=1.0)
+        axes.set_xscale("symlog", linthresh=max(nearest, 1e-9))
     axes.set_xticks(places, list(spec.points), rotation=0 if numeric else 20)
     axes.minorticks_off()
     axes.set(xlabel=spec.axis, ylabel="score", title=spec.title)

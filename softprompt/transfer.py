@@ -116,9 +116,12 @@ def transfer(
     stopped it.
     """
     config.parse(files, bindings, search_paths, complete=False)
-    spec = read(config.macros())
-    _check_tasks(spec, config.macros()["MIXTURE_OR_TASK_MODULE"])
+    spec, modules = read(config.macros()), config.macros()["MIXTURE_OR_TASK_MODULE"]
+    sweep.check_free(bindings, METHODS=spec.methods)
     planned = list(runs(spec))
+    for run in planned:  # A method's mistake is found before another one has trained.
+        sweep.configure(run, files, bindings, search_paths)
+    _check_tasks(spec, modules)
     figures: dict[Figure, None] = {}
     spent: list[float] = []
     for number, run in enumerate(planned, 1):
@@ -129,8 +132,6 @@ def transfer(
             left = ""
             if spent:
                 left = f", about {duration(np.mean(spent) * (len(planned) - number + 1))} left"
-            else:
-                _check_data(spec)
             say(f"--- training {number}/{len(planned)}: {run}{left}")
             trained = sweep.do(run, "train")
             training.clear_caches()
@@ -150,25 +151,11 @@ def transfer(
 
 
 def _check_tasks(spec: Spec, modules: str | Sequence[str] | None) -> None:
-    """Raises, before anything trains, where a task is unknown or lacks a split."""
+    """Raises, before anything trains, where a task is unknown, lacks a split or local data."""
     import_modules(modules)
     for names, split in ((spec.sources, "train"), (spec.targets, spec.split)):
         for name in names:
-            for task, _ in data.get_tasks(name):
-                if split not in task.splits:
-                    raise ValueError(
-                        f"task {task.name} has no split {split!r}; it has {', '.join(task.splits)}"
-                    )
-
-
-def _check_data(spec: Spec) -> None:
-    """Raises, before anything trains, where data that only a local folder can have is not there."""
-    from softprompt.tasks import sources
-
-    for names, split in ((spec.sources, "train"), (spec.targets, spec.split)):
-        for name in names:
-            for task, _ in data.get_tasks(name):
-                sources.check_local(task.name, split)
+            sweep.check_split((task for task, _ in data.get_tasks(name)), split)
 
 
 def evaluation_folder(run: sweep.Run, target: str) -> pathlib.Path:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 
 import numpy as np
 import pytest
@@ -111,10 +112,54 @@ def test_a_diverged_run_does_not_end_a_sweep(tmp_path, small, capsys):
     assert {r["standard_deviation"] for r in rows} == {""}, "one seed has none"
 
 
-def test_a_run_that_evaluated_nothing_ends_a_sweep(small, capsys):
-    for _ in range(2):  # The second time from what the first left.
-        assert main(["sweep", *small, "--gin.SEEDS=[0]", "--gin.EVAL_SPLIT=none"]) == 2
-        assert "evaluated nothing (EVAL_SPLIT)" in capsys.readouterr().err
+def test_a_run_that_evaluated_nothing_ends_a_sweep(small, capsys, monkeypatch):
+    monkeypatch.setattr(sweep, "do", lambda run, binary: sweep.Outcome(run, math.nan, {}, 1.0))
+    assert main(["sweep", *small]) == 2
+    assert "evaluated nothing (EVAL_SPLIT)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("EVAL_SPLIT=none", "seed 0 evaluates nothing (EVAL_SPLIT is 'none'): a sweep compares"),
+        ("TASKS={'embedded_sentiment': [], 'sentimnt': []}", "task or mixture is named 'sentimnt'"),
+        ("TASKS={'embedded_sentiment': [], 'mrqa_bioasq': []}", "mrqa_bioasq has no split 'train'"),
+        ("TASKS={'embedded_sentiment': [], 'super_glue_cb': []}", "has no super_glue/cb/train"),
+        ("SEED=3", "--gin.SEED: SEEDS sets SEED for every run; give --gin.SEEDS in its place"),
+        ("EVAL_BATCH_SIZE=4", "--gin.EVAL_BATCH_SIZE: POINTS sets EVAL_BATCH_SIZE for every run"),
+        ("AXIS=5", "AXIS is 5, expected a text"),
+    ],
+)
+def test_mistakes_are_found_before_a_run(small, tmp_path, capsys, monkeypatch, flag, message):
+    monkeypatch.setenv("SOFTPROMPT_DATA_DIR", str(tmp_path))
+    assert main(["sweep", *small, f"--gin.{flag}"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert message in said and len(said.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_flag_goes_over_what_suits_a_task_and_under_the_points(small):
+    files, search = [MODEL, "small.gin"], [small[2].split("=", 1)[1]]
+    given = [("SWEEP_DIR", "out"), ("TASK_FEATURE_LENGTHS", "{'inputs': 9, 'targets': 4}"),
+             ("EVAL_BATCH_SIZE", "4"), ("TRAIN_STEPS", "7")]  # fmt: skip
+    config.parse(files, given[:1], search)
+    spec = sweep.read(config.macros())
+    run = next(sweep.runs(spec))
+    sweep.configure(run, files, given[:1], search)
+    assert config.macros()["TASK_FEATURE_LENGTHS"]["inputs"] == 32
+    sweep.configure(run, files, given, search)
+    macros = config.macros()
+    assert macros["TASK_FEATURE_LENGTHS"]["inputs"] == 9
+    assert macros["EVAL_BATCH_SIZE"] == 8 and macros["TRAIN_STEPS"] == 2
+    # Of the lines only one sets the steps: another one may take them from the flag.
+    sweep.check_free(given[3:], LINES=spec.lines)
+
+
+@pytest.mark.parametrize("points", [("-3", "-1"), ("0", "0.0"), ("0", "20")])
+def test_any_numbers_can_be_points(tmp_path, points):
+    spec = sweep.Spec(tmp_path, "t", "a", {p: [] for p in points}, {"": []}, {"t": []}, [0])
+    sweep.plot(spec, {("", point, "t"): [50.0] for point in points}, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").is_file()
 
 
 def test_ones_own_data_take_the_place_of_a_sweeps_tasks(tmp_path, small, capsys):
@@ -183,6 +228,7 @@ def test_a_malformed_sweep_is_one_sentence():
     for name, bad in (
         ("POINTS", {"1": "A=1"}), ("LINES", {}), ("SEEDS", ["0"]), ("SEEDS", [0, 0]),
         ("SWEEP_DIR", 1), ("POINTS", {"1": [3]}), ("LINES", {"": [("A", 1)]}),
+        ("TITLE", 5), ("AXIS", ["a"]),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"{name} is .*expected"):
             sweep.read({**good, name: bad})

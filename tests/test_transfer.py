@@ -218,6 +218,12 @@ def test_what_was_trained_is_known_wherever_it_lies(tmp_path, tiny_folder):
         ("--gin.TARGET_SPLIT=dev", "task squad has no split 'dev'; it has train, validation"),
         ("--gin.METHODS={'a': ['x']}", "'x' is neither a .gin file nor NAME=value"),
         ("--gin.MIXTURE_OR_TASK_MODULE=no.such", "MIXTURE_OR_TASK_MODULE 'no.such': No module"),
+        ("--gin.METHODS={'a': [], 'b': ['LEARNIN_RATE=3']}", "knows the name 'LEARNIN_RATE'"),
+        (
+            "--gin.METHODS={'a': ['EVAL_MODE=rank']} --gin.EVAL_MODE=generate",
+            "--gin.EVAL_MODE: METHODS sets EVAL_MODE for every run",
+        ),
+        ("--gin.SEED=3", "--gin.SEED: SEEDS sets SEED for every run"),
         ("--gin.SEEDS=3", "SEEDS is 3, expected different integers"),
         ("--gin.TARGETS=mrqa_subjqa_books", "the data of mrqa_subjqa_books is not at hand"),
     ],
@@ -226,7 +232,7 @@ def test_mistakes_are_found_before_anything_trains(tmp_path, capsys, monkeypatch
     monkeypatch.delenv("SOFTPROMPT_DATA_DIR", raising=False)
     assert main([
         "transfer", "--gin_file=models/t5_1_1_embedded.gin", "--gin_file=runs/transfer.gin",
-        f"--gin.TRANSFER_DIR={tmp_path / 'out'}", flag,
+        f"--gin.TRANSFER_DIR={tmp_path / 'out'}", *re.split(" (?=--)", flag),
     ]) == 2  # fmt: skip
     said = capsys.readouterr().err.strip()
     assert message in said and len(said.splitlines()) == 1
