@@ -13,7 +13,7 @@ import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -167,21 +167,41 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_table(path: Path) -> list[dict[str, str]]:
+def read_table(
+    path: Path, columns: Mapping[str, Callable[[str], Any]] | None = None
+) -> list[dict[str, str]]:
     """The rows of a CSV file with a header.
 
+    Args:
+      columns: those that must be there, and what reads a cell, a ValueError where it cannot.
+
     Raises:
-      CorruptFile: a row has other columns than the header; the message names file and line.
+      CorruptFile: no header or one without those columns, a row with others than the header's, or
+        a cell that cannot be read; the message names file and line.
     """
     found = []
+    columns = columns or {}
     with open(path, encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
+        header = reader.fieldnames or []
+        if not header or not set(columns) <= set(header):
+            raise CorruptFile(
+                f"{str(path)!r}, line 1: the columns are {', '.join(header) or 'none'}"
+                + (f", expected {', '.join(columns)}" if columns else "")
+            )
         for row in reader:
             if None in row or None in row.values():
                 raise CorruptFile(
                     f"{str(path)!r}, line {reader.line_num}: expected the header's "
                     f"{len(reader.fieldnames)} columns"
                 )
+            for name, read_cell in columns.items():
+                try:
+                    read_cell(row[name])
+                except ValueError as error:
+                    raise CorruptFile(
+                        f"{str(path)!r}, line {reader.line_num}: {name} is {row[name]!r}: {error}"
+                    ) from None
             found.append(row)
     return found
 

@@ -6,7 +6,7 @@ import math
 import pathlib
 import re
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,14 +22,37 @@ FILES = ("table.md", "summary.md", "population.csv", "results.csv", "summary.csv
 Place = tuple[pathlib.Path, str, str]
 
 
-def _csv(path: pathlib.Path) -> list[dict[str, str]]:
-    """The rows of a table, none where there is no file."""
-    return checkpoint.read_table(path) if path.is_file() else []
+def _csv(path: pathlib.Path, **columns: Callable[[str], Any]) -> list[dict[str, str]]:
+    """The rows of a table, none where there is no file: see `checkpoint.read_table`."""
+    return checkpoint.read_table(path, columns) if path.is_file() else []
+
+
+def _figures(cell: str) -> dict[str, float]:
+    """Figures by name, as a table holds them."""
+    found = json.loads(cell)
+    if not isinstance(found, dict):
+        raise ValueError("expected a JSON object")
+    return found
+
+
+def _deviation(cell: str) -> float:
+    """A deviation as a table holds it: of a single score there is none."""
+    return float(cell or 0)
 
 
 def sweep_page(folder: pathlib.Path) -> str:
     facts = json_object(folder / "sweep.json")
-    results, means = _csv(folder / "results.csv"), _csv(folder / "summary.csv")
+    results = _csv(
+        folder / "results.csv",
+        line=str, point=str, task=str, seed=str, score=float, figures=_figures, seconds=float,
+    )  # fmt: skip
+    means = _csv(
+        folder / "summary.csv", line=str, point=str, task=str, mean=float,
+        standard_deviation=_deviation,
+    )  # fmt: skip
+    for name, rows in (("results.csv", results), ("summary.csv", means)):
+        if not rows:
+            raise ValueError(f"{str(folder / name)!r} holds no runs")
     columns = list(dict.fromkeys(row["task"] for row in means))
     points = list(dict.fromkeys(row["point"] for row in means))
     lines = list(dict.fromkeys(row["line"] for row in means))
@@ -142,7 +165,7 @@ def _sweep_plot(cells, lines, points, columns, axis: str, title: str) -> Html:
     for line, task, name in curves:
         found = [(i, cells.get((line, point, task))) for i, point in enumerate(points)]
         series[name] = [
-            (float(i), float(r["mean"]), float(r["standard_deviation"] or 0)) for i, r in found if r
+            (float(i), float(r["mean"]), _deviation(r["standard_deviation"])) for i, r in found if r
         ]
     drawn = page.chart(series, title, axis, "score", places=points)
     return tag("div", drawn, class_="charts")
@@ -159,7 +182,7 @@ def _sweep_runs(folder: pathlib.Path, results) -> Html:
         place = _sweep_place(row)
         title = _linked(folder, place, row["point"])
         weights = read_weights(folder / place, json_object(folder / place / "run.json"))
-        figures = json.loads(row["figures"])
+        figures = _figures(row["figures"])
         told = "  ".join(f"{k} {v:,.4g}" for k, v in figures.items()) or "diverged"
         rows.append(
             (title, *([row["line"]] if named else []), row["task"], row["seed"],
@@ -178,7 +201,11 @@ def _sweep_runs(folder: pathlib.Path, results) -> Html:
 def transfer_page(folder: pathlib.Path) -> str:
     """What was trained on sources and judged on targets, method beside method."""
     facts = json_object(folder / "transfer.json")
-    results, means = _csv(folder / "results.csv"), _csv(folder / "summary.csv")
+    results = _csv(folder / "results.csv", method=str, source=str, seed=str)
+    means = _csv(
+        folder / "summary.csv", source=str, target=str, figure=str, method=str, mean=float,
+        standard_deviation=_deviation,
+    )  # fmt: skip
     methods = list(dict.fromkeys(row["method"] for row in means))
     cells = {(r["source"], r["target"], r["figure"], r["method"]): r for r in means}
     rows = []
@@ -231,14 +258,14 @@ def _spread(cell: dict[str, str]) -> str:
 def population_page(folder: pathlib.Path) -> str:
     """The ranking of a population's prompts, and the curves of the best of every task."""
     facts = json_object(folder / "population.json")
-    members = _csv(folder / "population.csv")
+    members = _csv(folder / "population.csv", rank=int, name=str, score=float, figures=_figures)
     if not members:
         raise ValueError(f"{str(folder / 'population.csv')!r} holds no prompts")
     unlike = [k for k in members[0] if k not in ("rank", "name", "score", "figures")]
     unlike = [k for k in unlike if len({member[k] for member in members}) > 1]
     rows = []
     for member in members:
-        figures = json.loads(member["figures"])
+        figures = _figures(member["figures"])
         told = "  ".join(f"{k} {v:,.4g}" for k, v in figures.items()) or "–"
         name = _linked(folder, pathlib.PurePosixPath(member["name"]), member["name"])
         score = float(member["score"])

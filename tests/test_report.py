@@ -344,6 +344,33 @@ def test_a_torn_table_is_refused_by_its_line(swept):
         report.write(spec.folder)
 
 
+@pytest.mark.parametrize(
+    "name, cut, message",
+    [
+        ("results.csv", 0, "results.csv', line 1: the columns are none, expected line, point"),
+        ("summary.csv", 0, "summary.csv', line 1: the columns are none, expected line, point"),
+        ("results.csv", 1, "results.csv' holds no runs"),
+        ("results.csv", -1, r"results.csv', line 9: seconds is '': could not convert"),
+    ],
+)
+def test_a_table_of_a_sweep_that_was_cut_is_refused(swept, name, cut, message):
+    spec, done = swept
+    sweep.write(spec, done)
+    lines = (spec.folder / name).read_text().splitlines(keepends=True)
+    kept = lines[:cut] if cut >= 0 else [*lines[:cut], lines[cut].rsplit(",", 1)[0] + ","]
+    (spec.folder / name).write_text("".join(kept))
+    with pytest.raises(ValueError, match=message):
+        report.write(spec.folder)
+
+
+@pytest.mark.parametrize("cell", ["", '"{""accuracy"": 5', "5"])
+def test_a_population_that_was_cut_is_refused_by_its_line(tmp_path, cell):
+    table = tmp_path / "population.csv"
+    table.write_text(f'rank,name,score,figures\n1,a,5.0,"{{""accuracy"": 5.0}}"\n2,b,4.0,{cell}')
+    with pytest.raises(checkpoint.CorruptFile, match="population.csv', line 3: figures is '"):
+        report.write(tmp_path)
+
+
 # --- charts -------------------------------------------------------------------------------------
 
 
