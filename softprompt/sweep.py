@@ -93,7 +93,10 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a finished run left: its figures, the mean of them, and what it took."""
+    """What a finished run left: its figures, their mean, and how many seconds it took.
+
+    Of a run that was stopped and went on they are those of its last part.
+    """
 
     run: Run
     score: float
