@@ -35,6 +35,7 @@ from softprompt.settings import (
     check_dtype,
     check_numbers,
     check_settings,
+    check_type,
     import_modules,
 )
 from softprompt.tasks import catalogue
@@ -85,7 +86,9 @@ def load_prompt(
     """
     if ignore_fingerprint and backbone is None:
         raise ValueError("ignore_fingerprint is True, expected with it the backbone to use")
+    check_type("path", path, str | os.PathLike, "that of a prompt")
     if backbone is not None:
+        _check_backbone(backbone)
         return prompts.load_for(path, backbone, ignore_fingerprint)
     array, deep, metadata = prompts.load_deep(path)
     return Prompt(array, metadata, deep)
@@ -120,6 +123,7 @@ def read_pairs(
     """
     from softprompt.tasks import records
 
+    check_type("path", path, str | os.PathLike, "that of a JSON Lines, CSV or TSV file")
     labels = None if labels is None else label_list(labels)
     return records.read_pairs(path, template, target, labels)
 
@@ -138,6 +142,8 @@ def examples_of(
         task = eval_task.from_task(tasks[0][0], split, lengths, vocabulary)
         task = dataclasses.replace(task, labels=labels or task.labels)
         return task.examples, task
+    expected = "(text, target) pairs or the name of a seqio task"
+    check_type(f"{split} data", source, Iterable, expected)
     pairs = list(source)
     for i, pair in enumerate(pairs):
         if not _is_list(pair):
@@ -149,7 +155,12 @@ def examples_of(
     return examples, eval_task.from_pairs(examples, labels)
 
 
+def _check_backbone(backbone: Any) -> None:
+    check_type("backbone", backbone, Backbone, "what load_backbone returns")
+
+
 def _vocabulary(backbone: Backbone):
+    _check_backbone(backbone)
     if backbone.vocabulary is None:
         raise ValueError(
             f"the backbone {backbone.name!r} has no vocabulary: give load_backbone a "
@@ -194,6 +205,7 @@ class _Bank:
 
 def _banked(backbone: Backbone, named: Mapping[str, Prompt | np.ndarray | None]) -> _Bank:
     """A bank of all prompts; errors call each by its name."""
+    _check_backbone(backbone)
     found = {name: _checked(name, one, backbone) for name, one in named.items()}
     deep = {name: one.deep for name, one in found.items() if one and one.deep is not None}
     if deep and len(found) > 1:
@@ -257,6 +269,7 @@ def _text_list(texts: Iterable[str]) -> list[str]:
     """The texts as a list; none, or what is no text, is an error."""
     if isinstance(texts, str):
         raise ValueError("expected a list of texts, got one string")
+    check_type("texts", texts, Iterable, "a list of texts")
     texts = list(texts)
     if not texts:
         raise ValueError("got no texts")

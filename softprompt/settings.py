@@ -5,6 +5,7 @@ import importlib.util
 import math
 import os
 import re
+import reprlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -106,9 +107,21 @@ def check_kinds(**settings: tuple[Any, bool, str]) -> None:
             raise ValueError(f"{name} is {value!r}, expected {expected}")
 
 
+def check_type(name: str, value: Any, kinds: Any, expected: str) -> None:
+    """Raises unless `value` is of a type of `kinds`, joined by `|`; a long one is shown in part."""
+    if not isinstance(value, kinds):
+        raise ValueError(f"{name} is {reprlib.repr(value)}, expected {expected}")
+
+
 def are_texts(value: Any) -> bool:
     """Whether it is a list or tuple of texts."""
     return isinstance(value, list | tuple) and all(isinstance(x, str) for x in value)
+
+
+def are_settings(value: Any) -> bool:
+    """Whether it is a list or tuple of mappings whose keys are texts."""
+    lists = isinstance(value, list | tuple)
+    return lists and all(isinstance(x, Mapping) and are_texts([*x]) for x in value)
 
 
 def check_patterns(**patterns: Any) -> None:

@@ -3,7 +3,7 @@
 import inspect
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,8 +28,10 @@ from softprompt.backbone import Backbone
 from softprompt.inputs import Shared
 from softprompt.prompt import Prompt
 from softprompt.reparameterise import Mlp
-from softprompt.settings import check_settings
+from softprompt.settings import are_settings, check_kinds, check_settings, check_type
 from softprompt.tree import Flat
+
+Path = str | os.PathLike
 
 
 def tune(
@@ -47,7 +49,7 @@ def tune(
     patience: int = 0,
     log_period: int = 100,
     checkpoint_period: int = 1000,
-    model_dir: str | os.PathLike | None = None,
+    model_dir: Path | None = None,
     lengths: Mapping[str, int] = LENGTHS,
     seed: int = 0,
     prompt_depth: int | str = 1,
@@ -91,7 +93,7 @@ def tune(
 def tune_many(
     backbone: Backbone,
     members: Sequence[Mapping[str, Any]],
-    model_dir: str | os.PathLike | None = None,
+    model_dir: Path | None = None,
     **common: Any,
 ) -> list[Prompt]:
     """Tunes many prompts in one run over one backbone, each as `tune` would alone.
@@ -108,6 +110,9 @@ def tune_many(
       The best prompt of each member; `metadata["status"]` is 'finished', 'stopped early',
       'diverged' or 'interrupted'.
     """
+    expected = "a list such as [{'seed': 0}, {'seed': 1}]"
+    check_kinds(members=(members, are_settings(members), expected))
+    check_type("model_dir", model_dir, Path | None, "a path or None")
     defaults = inspect.signature(tune).parameters
     named, abouts, shared = [], [], Shared()
     for number, own in enumerate(members):
@@ -162,7 +167,7 @@ def _tuning(
     patience: int,
     log_period: int,
     checkpoint_period: int,
-    model_dir: str | os.PathLike | None,
+    model_dir: Path | None,
     lengths: Mapping[str, int],
     seed: int,
     prompt_depth: int | str,
@@ -182,6 +187,9 @@ def _tuning(
         microbatches=(microbatches, 1), length_buckets=(length_buckets, 1),
         pack_length=(0 if pack_length == "auto" else pack_length, 0),
     )  # fmt: skip
+    check_type("model_dir", model_dir, Path | None, "a path or None")
+    check_type("prompt_init", prompt_init, Callable | None, "an initialiser, a function, or None")
+    check_type("reparameterisation", reparameterisation, Mlp | None, "reparameterise.Mlp() or None")
     if patience and not eval_period:
         raise ValueError(
             f"patience is {patience}, but nothing is evaluated before the end: eval_period is 0"

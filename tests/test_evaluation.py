@@ -11,6 +11,7 @@ import softprompt
 from softprompt import backbone as backbones
 from softprompt import data, evaluation, partition, prompt, train
 
+PAIRS = [("a fine film", "positive"), ("a dull film", "negative")]
 TEXTS = [f"a text of {'some ' * n}words" for n in (1, 4, 2, 7, 3, 1, 5)]
 WHICH = [0, 1, 2, 0, 1, 2, 2]
 LABELS = [["positive", "negative"], ["person", "place", "a long name"], ["yes", "no"]]
@@ -137,6 +138,36 @@ def zeros(count=3, width=SMALL.emb_dim):
     (lambda b: softprompt.generate(b, TEXTS, softprompt.Prompt(zeros(), {}, zeros())),
      r"prompt has deep rows of shape \(3, 24\), expected \(layers - 1, 3, 24\)"),
     (lambda b: softprompt.load_prompt("p.npy", ignore_fingerprint=True), "the backbone to use"),
+    *(
+        (call, "backbone is 'embedded', expected what load_backbone returns") for call in (
+            lambda b: softprompt.tune("embedded", PAIRS),
+            lambda b: softprompt.tune_many("embedded", [{}], train_data=PAIRS),
+            lambda b: softprompt.evaluate("embedded", PAIRS),
+            lambda b: softprompt.classify("embedded", TEXTS, ["a"]),
+            lambda b: softprompt.score_labels("embedded", TEXTS, ["a"]),
+            lambda b: softprompt.generate("embedded", TEXTS),
+            lambda b: softprompt.ensemble("embedded", TEXTS, [zeros()]),
+            lambda b: softprompt.load_prompt("p.npy", "embedded"),
+        )
+    ),
+    (lambda b: softprompt.tune(b, 3), r"train data is 3, expected \(text, target\) pairs"),
+    (lambda b: softprompt.tune(b, softprompt.embedded_data("sentiment")),
+     "^train data is .{1,50}, expected .text, target. pairs"),
+    (lambda b: softprompt.tune(b, PAIRS, 3, train_steps=1), "validation data is 3, expected"),
+    (lambda b: softprompt.tune_many(b, [{}], train_data=None), "train data is None, expected"),
+    (lambda b: softprompt.evaluate(b, None), "validation data is None, expected"),
+    (lambda b: softprompt.generate(b, 3), "texts is 3, expected a list of texts"),
+    (lambda b: softprompt.load_prompt(3), "path is 3, expected that of a prompt"),
+    (lambda b: softprompt.read_pairs(3), "path is 3, expected that of a JSON Lines"),
+    *(
+        (lambda b, x=x: softprompt.tune_many(b, x, train_data=PAIRS), "members is .*, expected a l")
+        for x in ("abc", {"seed": 1}, [None], 3, [{3: 1}])
+    ),
+    (lambda b: softprompt.tune_many(b, [{}], 3, train_data=PAIRS), "model_dir is 3, expected a pa"),
+    (lambda b: softprompt.tune(b, PAIRS, model_dir=3), "model_dir is 3, expected a path or None"),
+    (lambda b: softprompt.tune(b, PAIRS, prompt_init="random"), "prompt_init is 'random', exp"),
+    (lambda b: softprompt.tune_many(b, [{"prompt_init": 3}], train_data=PAIRS), "prompt_init is 3"),
+    (lambda b: softprompt.tune(b, PAIRS, reparameterisation=True), "reparameterisation is True, e"),
 ])  # fmt: skip
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_wrong_arguments_are_sentences(tiny, call, message):
