@@ -172,8 +172,7 @@ def load_tasks(name: str, modules: str | Sequence[str] | None, user: UserData | 
     if user and (user.train_file or user.validation_file or user.test_file):
         from softprompt.tasks.user import define_task
 
-        labels = user.labels
-        check_kinds(LABELS=(labels, labels is None or are_texts(labels), "a list of texts or None"))
+        check_labels("LABELS", user.labels)
         files = {
             split: getattr(user, f"{split}_file")
             for split in ("train", "validation", "test")
@@ -184,7 +183,7 @@ def load_tasks(name: str, modules: str | Sequence[str] | None, user: UserData | 
             **{f"{split}_file": path for split, path in files.items()},
             template=user.template,
             target=user.target,
-            labels=labels,
+            labels=user.labels,
         )
     elif user not in (None, UserData()):
         given = [own for k, own in USER_DATA.items() if getattr(user, k) != getattr(UserData, k)]

@@ -333,6 +333,7 @@ def test_pretraining_goes_on_with_its_own_text_alone(tmp_path, capsys):
                 ("--gin.CLASS_LABELS=good", "CLASS_LABELS is 'good', expected a list such as"),
                 ("--gin.CLASS_LABELS=[1]", "CLASS_LABELS is [1], expected a list such as"),
                 ("--gin.LABELS=3", "LABELS is 3, expected a list of texts"),
+                ("--gin.LABELS=a,b", "LABELS is 'a,b', expected a list such as ['a', 'b']"),
             )
         ),
     ],
