@@ -142,13 +142,14 @@ def run(
 ) -> bool:
     """Trains the population; writes its ranking, summary and report to POPULATION_DIR.
 
-    Returns False if SIGTERM stopped it; the same command goes on.
+    Nothing is written where one of the members is refused. Returns False if SIGTERM stopped it;
+    the same command goes on.
     """
     planned: list[Planned] = []
     members: list[Member] = []
     backbone = None
     said = io.StringIO()
-    with contextlib.redirect_stdout(said):
+    with contextlib.redirect_stdout(said), provenance.all_or_none():
         for one, arguments in population_members(files, bindings, search_paths):
             if backbone is not None and arguments["backbone"] is not backbone:
                 raise ValueError(f"{one.name}: a population has one backbone, this is another")

@@ -1,12 +1,14 @@
 """How a run was made: its command, versions, commit and devices, kept beside its figures."""
 
+import contextlib
+import contextvars
 import json
 import os
 import pathlib
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from typing import Any
 
@@ -15,10 +17,29 @@ import jax
 from softprompt import checkpoint, config
 from softprompt.backbone import Backbone
 
+Files = dict[pathlib.Path, bytes]
+_held: contextvars.ContextVar[Files | None] = contextvars.ContextVar("held", default=None)
+
+
+@contextlib.contextmanager
+def all_or_none() -> Iterator[None]:
+    """What `write` is given within it is written at its end; nothing, where that is an error."""
+    files: Files = {}
+    token = _held.set(files)
+    try:
+        yield
+    finally:
+        _held.reset(token)
+    _write(files)
+
+
+def _write(files: Files) -> None:
+    for path, text in files.items():
+        checkpoint.write_atomically(path, text)
+
 
 def write(folder: pathlib.Path, backbone: Backbone, about: Mapping[str, Any]) -> None:
     """Writes `config.gin`, the operative one, and `run.json`: `about`, and how the run was made."""
-    checkpoint.write_atomically(folder / "config.gin", config.operative().encode())
     facts = {
         **about,
         **invocation(),
@@ -28,7 +49,9 @@ def write(folder: pathlib.Path, backbone: Backbone, about: Mapping[str, Any]) ->
         "platform": platform.platform(),
         "mesh": dict(backbone.mesh.shape),
     }
-    checkpoint.write_atomically(folder / "run.json", json.dumps(facts, indent=2).encode())
+    texts = {"config.gin": config.operative(), "run.json": json.dumps(facts, indent=2)}
+    keep = _write if _held.get() is None else _held.get().update
+    keep({folder / name: text.encode() for name, text in texts.items()})
 
 
 def write_of_many(path: pathlib.Path, about: Mapping[str, Any]) -> None:

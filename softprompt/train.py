@@ -397,8 +397,11 @@ def check_resumable(model_dir: Any, identity: Mapping[str, Any], train_steps: in
     """Raises where MODEL_DIR holds another run, or this one at a step that it is not to reach.
 
     By the header of the newest checkpoint: nothing is restored yet, and nothing written but the
-    lock. Also raises where another run is writing to it, or where what lies there is no run's.
+    lock, where there is a folder. Also raises where another run is writing to it, or where what
+    lies there is no run's.
     """
+    if not hosts.shared(lambda: pathlib.Path(model_dir).exists()):
+        return
 
     def newest() -> tuple[dict[str, Any], int] | None:
         for step in reversed(checkpoint.steps(model_dir)):
