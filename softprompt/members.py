@@ -25,6 +25,7 @@ from softprompt import train as training
 from softprompt.inputs import Shared
 from softprompt.logbook import say
 from softprompt.population import Member, Outcome
+from softprompt.settings import are_settings, check_type
 from softprompt.sweep import spread
 
 INIT = "INIT"
@@ -38,6 +39,8 @@ AXES = {
     "LEARNING_RATES": ("LEARNING_RATE", "rate"),
     "SEEDS": (SEED, "seed"),
 }
+# Of the population: what one of its members would have for itself does nothing.
+PLAN = (*AXES, "MEMBERS", "POPULATION_DIR", "MODEL_DIR")
 SHOWN = (TASK, "PROMPT_LENGTH", "LEARNING_RATE", SEED)
 Settings = Mapping[str, Any]
 
@@ -60,7 +63,7 @@ def plan(macros: Settings) -> list[dict[str, Any]]:
     """The settings of every member, from gin's macros.
 
     Raises:
-      ValueError: one of the lists is none.
+      ValueError: one of the lists is none, or empty, or two members have the same name.
     """
     lists: dict[str, Sequence[Any]] = {}
     for name, (setting, _) in AXES.items():
@@ -73,13 +76,20 @@ def plan(macros: Settings) -> list[dict[str, Any]]:
     extra = macros.get("MEMBERS")
     if extra is None:
         extra = [{}]
-    if not isinstance(extra, list | tuple) or not all(isinstance(m, Mapping) for m in extra):
-        raise ValueError(f"MEMBERS is {extra!r}, expected a list of {{'NAME': value, …}}")
+    if not are_settings(extra) or not extra:
+        raise ValueError(f"MEMBERS is {extra!r}, expected a list of {{'NAME': value, …}} or None")
     found = []
     for one in extra:
+        if odd := [name for name in PLAN if name in one]:
+            raise ValueError(f"MEMBERS: {one!r} has {', '.join(odd)}, expected settings of one run")
         axes = {k: v for k, v in lists.items() if k not in one}
         for values in itertools.product(*axes.values()):
             found.append({**dict(zip(axes, values, strict=True)), **one})
+    for own in found:
+        check_type(INIT, own.get(INIT, ""), str, "the name of a gin file")
+    names = [name_of(own) for own in found]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"two members of the population have the name {', '.join(twice)}")
     return found
 
 
@@ -108,10 +118,8 @@ def population_members(
         root = pathlib.Path(macros["POPULATION_DIR"])
     else:
         raise ValueError("a population needs a folder: give --gin.POPULATION_DIR=…")
-    names = [name_of(own) for own in settings]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"two members of the population have the name {', '.join(twice)}")
-    for name, own in zip(names, settings, strict=True):
+    for own in settings:
+        name = name_of(own)
         init = [own[INIT]] if INIT in own else []
         given = [(k, repr(v)) for k, v in own.items() if k != INIT]
         given.append(("MODEL_DIR", repr(str(root / name))))

@@ -22,10 +22,20 @@ def test_members_are_the_product_of_the_lists_and_of_what_is_free():
     found = members.plan({**lists, "MEMBERS": free})
     assert [one["SEED"] for one in found] == [7, 0, 1]
     assert members.name_of(found[1]) == "from_text-rate0.1-seed0-prompt_text_a_b"
-    with pytest.raises(ValueError, match="SEEDS is 3, expected a list"):
-        members.plan({"SEEDS": 3})
-    with pytest.raises(ValueError, match="MEMBERS is .*, expected a list of"):
-        members.plan({"MEMBERS": ["x"]})
+
+
+@pytest.mark.parametrize("macros, message", [
+    ({"SEEDS": 3}, "SEEDS is 3, expected a list"),
+    ({"SEEDS": []}, r"SEEDS is \[\], expected a list"),
+    ({"SEEDS": [1, 1]}, "two members of the population have the name seed1"),
+    ({"INITS": [3]}, "INIT is 3, expected the name of a gin file"),
+    ({"MEMBERS": [{"INIT": 3}]}, "INIT is 3, expected the name of a gin file"),
+    ({"MEMBERS": [{"SEEDS": [5]}]}, r"MEMBERS: {'SEEDS': \[5\]} has SEEDS, expected settings"),
+    *(({"MEMBERS": x}, "MEMBERS is .*, expected a list of") for x in (["x"], [], 3, [{}, {3: 1}])),
+])  # fmt: skip
+def test_lists_that_make_no_members_are_named(macros, message):
+    with pytest.raises(ValueError, match=message):
+        members.plan(macros)
 
 
 def outcome(name, score):
