@@ -8,7 +8,7 @@ import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
 
-from softprompt import compare, config, formats, needs, standins, sweep, transfer
+from softprompt import compare, config, formats, members, needs, standins, sweep, transfer
 from softprompt.tasks import builtin, sources  # noqa: F401 (the first defines the tasks)
 
 SWEEP, TRANSFER, ENSEMBLE, COUNTS, PORTRAIT = "sweep", "transfer", "ensemble", "counts", "portrait"
@@ -177,6 +177,8 @@ def plan(name: str, options: Options) -> Plan:
     experiment = EXPERIMENTS[name]
     folder = options.output_dir / (f"{name}-reduced" if options.small else name)
     if experiment.kind == COUNTS:
+        if options.bindings:
+            raise ValueError(f"--gin.{options.bindings[0][0]}: {name} has no run to set it for")
         return Plan(name, options.output_dir / name, runs=["counts from shapes; nothing trains"])
     if len(options.backbones) > 1 and name != "figure1":
         raise ValueError(f"{name} takes one --backbone, got {', '.join(options.backbones)}")
@@ -382,6 +384,8 @@ def _transfer(planned: Plan, options: Options) -> Plan:
     bindings = [*given, *own, *options.bindings]
     config.parse(files, bindings, complete=False)
     spec = transfer.read(config.macros())
+    transfer._check_tasks(spec, config.macros()["MIXTURE_OR_TASK_MODULE"])
+    transfer._check_data(spec)
     runs = list(transfer.runs(spec))
     groups = [
         _group(method, [run for run in runs if run.line == method], files, bindings)
@@ -422,12 +426,21 @@ def _ensemble(planned: Plan, options: Options) -> Plan:
         config.parse(files, one)
 
     configure(str(planned.folder))
-    seeds = config.macros()["SEEDS"]
+    settings = members.plan(config.macros())
+    if any(members.TASK in own for own in settings):
+        raise ValueError(
+            f"{planned.name} tunes prompts for each of its tasks, expected TASKS None and MEMBERS "
+            f"without {members.TASK}"
+        )
+    count = len(settings)
+    if count < 2:
+        seeds = config.macros()["SEEDS"]
+        raise ValueError(f"{planned.name}: SEEDS is {seeds!r}, expected two or more: prompts vote")
     return dataclasses.replace(
         planned, files=files, bindings=bindings, tasks=tasks,
-        runs=[f"{task}: {len(seeds)} prompts at once, and their vote" for task in found],
+        runs=[f"{task}: {count} prompts at once, and their vote" for task in found],
         reduced=_reductions(options, RANKED, f"tasks: {len(found)}, the paper has eight"),
         missing=missing,
-        groups=[needs.Group("prompts", len(found) * len(seeds), configure, len(seeds))],
+        groups=[needs.Group("prompts", len(found) * count, configure, count)],
         done=[planned.folder / task / "ensemble" / "result.json" for task in found],
     )  # fmt: skip

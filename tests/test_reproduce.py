@@ -1,5 +1,6 @@
 """Reruns of the paper: plans, printed figures and their sources, and tables beside ours."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -72,11 +73,23 @@ def test_every_name_has_a_plan_on_the_embedded_backbone_alone(name, tmp_path):
         ("figure3a", Options(backbones=["/no/such"]), "the backbone '/no/such' .* does not exist"),
         ("table1", Options(backbones=["embedded", "x"]), "table1 takes one --backbone, got"),
         ("figure3c", Options(family="/no/family"), "--family '/no/family' is not a folder"),
+        *(
+            (name, Options(bindings=[(macro, value)]), message)
+            for name, macro, value, message in (
+                ("table3", "SEEDS", "3", "SEEDS is 3, expected a list such as"),
+                ("table3", "SEEDS", "[]", r"SEEDS is \[\], expected a list such as"),
+                ("table3", "SEEDS", "[0]", r"SEEDS is \[0\], expected two or more: prompts vote"),
+                ("table3", "SEEDS", "None", "SEEDS is None, expected two or more: prompts vote"),
+                ("table3", "TASKS", "['squad']", "for each of its tasks, expected TASKS None"),
+                ("table2", "TARGET_SPLIT", "valid", "no split 'valid'; it has train, validation"),
+                ("figure4", "NOPE", "3", "--gin.NOPE: figure4 has no run to set it for"),
+            )
+        ),
     ],
 )
-def test_what_is_not_there_is_one_sentence(name, options, message):
+def test_what_is_not_there_is_one_sentence(name, options, message, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
-        plan(name, options)
+        plan(name, dataclasses.replace(options, output_dir=tmp_path))
     assert "\n" not in str(error.value)
 
 
@@ -121,6 +134,8 @@ def test_transfers_take_the_sets_at_hand(tiny_folder, tmp_path):
     )
     assert len(planned.runs) == 6 and len(planned.missing) == 5
     assert "mrqa_textbookqa" in planned.missing[0]
+    with pytest.raises(ValueError, match="has no mrqa/race/validation.jsonl"):
+        plan("table1", dataclasses.replace(options, bindings=[("TARGETS", "['mrqa_race']")]))
     assert len(plan("table2", options).runs) == 12
     reduced = plan("table2", Options(data=True, output_dir=tmp_path))
     assert len(reduced.runs) == 4 and not reduced.missing
