@@ -8,7 +8,7 @@ prints (`published`).
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from softprompt import compare, config, members, needs, portrait, sweep, transfer
+from softprompt import checkpoint, compare, config, members, needs, portrait, sweep, transfer
 from softprompt.experiments import (
     COUNTS,
     ENSEMBLE,
@@ -109,7 +109,10 @@ def _run_ensembles(planned: Plan) -> bool:
 
 
 def _vote(model: str, task: str, planned: Plan, own: Bindings) -> None:
-    """Evaluates the prompts of a task together, unless that was done since they were last saved."""
+    """Evaluates the prompts of a task together, unless that was done since they were last saved.
+
+    A vote of other prompts, or by other settings, is replaced.
+    """
     folder = planned.folder / task
     config.parse(planned.files, [*planned.bindings, *own, ("MODEL_DIR", repr(str(folder)))])
     macros = config.macros()
@@ -128,7 +131,8 @@ def _vote(model: str, task: str, planned: Plan, own: Bindings) -> None:
     )
     evaluation = sweep.Run("", "ensemble", task, 0, [], folder / "ensemble")
     result = evaluation.folder / "result.json"
-    if result.exists() and any(p.stat().st_mtime > result.stat().st_mtime for p in prompts):
-        result.unlink()
-    if sweep.finished(evaluation) is None:
+    found = checkpoint.read_object(result) if result.exists() else {}
+    alike = found.get("configuration") == sweep._identity()
+    if not alike or any(p.stat().st_mtime > result.stat().st_mtime for p in prompts):
+        result.unlink(missing_ok=True)
         sweep.do(evaluation, "eval")

@@ -286,7 +286,7 @@ def test_populations_train_and_vote_once(tmp_path, monkeypatch, quick):
     def population(files, bindings):
         folder = pathlib.Path(dict(bindings)["POPULATION_DIR"].strip("'"))
         trained.append(folder)
-        for seed in range(2):
+        for seed in range(3):
             path = folder / f"seed{seed}" / "prompts" / "best.safetensors"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch() if not path.exists() else None
@@ -310,13 +310,19 @@ def test_populations_train_and_vote_once(tmp_path, monkeypatch, quick):
     monkeypatch.setattr(sweep.config, "configured", lambda f: evaluate(f.__name__))
     options = Options(output_dir=tmp_path)
     assert reproduce.run("table3", options) and len(trained) == len(voted) == 3
-    assert len(voted[0]["PROMPT_FILES"]) == 2 and voted[0]["EVAL_MODE"] == "rank"
+    assert len(voted[0]["PROMPT_FILES"]) == 3 and voted[0]["EVAL_MODE"] == "rank"
     text = (tmp_path / "table3-reduced" / "reproduce.md").read_text()
     for column, value in (("average", "70.0"), ("best", "72.0"), ("ensemble", "73.0")):
         assert f"| embedded_sentiment, accuracy, {column} | - |  | {value} |" in text
     assert "| super_glue_boolq, accuracy, ensemble | 91.7 | Lester et al. 2021, table 3 |" in text
     # Again: the populations resume by themselves, and nothing is voted on twice.
     assert reproduce.run("table3", options) and len(trained) == 6 and len(voted) == 3
+    # Of other prompts, though all of them are older than the vote, there is another one.
+    for _ in range(2):
+        assert reproduce.run("table3", dataclasses.replace(options, bindings=[("SEEDS", "[0, 2]")]))
+        assert len(voted) == 6
+    names = [pathlib.Path(path).parts[-3] for path in voted[3]["PROMPT_FILES"]]
+    assert names == ["seed0", "seed2"]
 
 
 def test_super_glue_has_a_mean_only_where_all_of_it_ran(tmp_path):
