@@ -53,7 +53,7 @@ class Cost:
 
 def of(group: Group) -> Cost:
     """Compiles a group's step for its memory, then trains a few steps, which loads the backbone."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, config.errors():
         group.configure(folder)
         settings = config.arguments(launch.train)
         labels = 0
@@ -83,7 +83,7 @@ def measured() -> float:
         training.fit(**arguments)
         return training.Result(0, {}, {}, 0, None, {}, interrupted=True)
 
-    with contextlib.redirect_stdout(io.StringIO()), config.errors():
+    with contextlib.redirect_stdout(io.StringIO()):
         config.configured(launch.train)(fit=few)
     training.clear_caches()
     return float(np.median(np.diff(ends)))

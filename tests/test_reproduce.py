@@ -347,6 +347,10 @@ def test_the_command_lists_counts_and_refuses(tmp_path, capsys):
     assert "as printed; 20 x 512 is 10,240" in said
     assert main(["reproduce", "table9"]) == 2
     assert "expected one of figure1, figure3a" in capsys.readouterr().err
+    # What gin says of where an error arose is no part of the sentence.
+    flags = [f"--output_dir={tmp_path}", "--plan", "--gin.TRAIN_STEPS=x"]
+    assert main(["reproduce", "table3", *flags]) == 2
+    assert capsys.readouterr().err == "softprompt: steps is 'x', expected a number of at least 1\n"
 
 
 @pytest.mark.slow
