@@ -384,8 +384,7 @@ def _transfer(planned: Plan, options: Options) -> Plan:
     bindings = [*given, *own, *options.bindings]
     config.parse(files, bindings, complete=False)
     spec = transfer.read(config.macros())
-    transfer._check_tasks(spec, config.macros()["MIXTURE_OR_TASK_MODULE"])
-    transfer._check_data(spec)
+    transfer.check_tasks(spec, config.macros()["MIXTURE_OR_TASK_MODULE"])
     runs = list(transfer.runs(spec))
     groups = [
         _group(method, [run for run in runs if run.line == method], files, bindings)

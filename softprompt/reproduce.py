@@ -132,7 +132,7 @@ def _vote(model: str, task: str, planned: Plan, own: Bindings) -> None:
     evaluation = sweep.Run("", "ensemble", task, 0, [], folder / "ensemble")
     result = evaluation.folder / "result.json"
     found = checkpoint.read_object(result) if result.exists() else {}
-    alike = found.get("configuration") == sweep._identity()
+    alike = found.get("configuration") == sweep.identity()
     if not alike or any(p.stat().st_mtime > result.stat().st_mtime for p in prompts):
         result.unlink(missing_ok=True)
         sweep.do(evaluation, "eval")

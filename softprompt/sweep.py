@@ -318,7 +318,7 @@ def _known(bindings: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     return [(name, value) for name, value in bindings if "." in name or name in config.macros()]
 
 
-def _identity() -> str:
+def identity() -> str:
     """A digest of the configuration and of what it reads, less the plan and where it is written."""
     read = content.of(config.macros())
     lines = [*_lines(config.operative(), content.elsewhere(read)), json.dumps(read, sort_keys=True)]
@@ -349,7 +349,7 @@ def finished(run: Run) -> Outcome | None:
     if not path.exists():
         return None
     found = checkpoint.read_object(path)
-    if found.get("configuration") != _identity():
+    if found.get("configuration") != identity():
         before = run.folder / "config.gin"
         read = content.of(config.macros())
         apart = content.elsewhere(read)
@@ -370,7 +370,7 @@ def finished(run: Run) -> Outcome | None:
 
 def do(run: Run, binary: str) -> Outcome | None:
     """Does one run; None if it was interrupted. A diverged one has no figures, and no score."""
-    identity, read = _identity(), content.of(config.macros())
+    ours, read = identity(), content.of(config.macros())
     best_metric = config.macros().get("BEST_METRIC")
     began = time.monotonic()
     figures: Mapping[str, float]
@@ -391,7 +391,7 @@ def do(run: Run, binary: str) -> Outcome | None:
     score = selection.choose_metric(figures, best_metric) if figures else None
     seconds = time.monotonic() - began
     record = {
-        "score": score, "figures": figures, "seconds": seconds, "configuration": identity,
+        "score": score, "figures": figures, "seconds": seconds, "configuration": ours,
         "content": read, "diverged": diverged,
     }  # fmt: skip
     checkpoint.write_atomically(run.folder / "result.json", json.dumps(record, indent=2).encode())

@@ -121,7 +121,7 @@ def transfer(
     planned = list(runs(spec))
     for run in planned:  # A method's mistake is found before another one has trained.
         sweep.configure(run, files, bindings, search_paths)
-    _check_tasks(spec, modules)
+    check_tasks(spec, modules)
     figures: dict[Figure, None] = {}
     spent: list[float] = []
     for number, run in enumerate(planned, 1):
@@ -150,7 +150,7 @@ def transfer(
     return True
 
 
-def _check_tasks(spec: Spec, modules: str | Sequence[str] | None) -> None:
+def check_tasks(spec: Spec, modules: str | Sequence[str] | None) -> None:
     """Raises, before anything trains, where a task is unknown, lacks a split or local data."""
     import_modules(modules)
     for names, split in ((spec.sources, "train"), (spec.targets, spec.split)):

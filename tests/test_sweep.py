@@ -29,7 +29,7 @@ def test_every_run_of_every_sweep_resolves(file):
     for run in planned:
         assert sweep.configure(run, files, bindings, []) in sweep.BINARIES
         assert config.macros()["SEED"] == run.seed
-        identities.add(sweep._identity())
+        identities.add(sweep.identity())
     assert len(identities) == len(planned)
 
 

@@ -172,7 +172,7 @@ def test_a_run_stays_finished_in_a_larger_plan_alone():
         values = {"TRANSFER_DIR": "x", "MODEL_DIR": "m", "MIXTURE_OR_TASK_NAME": "squad"} | changed
         bindings = [(name, value) for name, value in values.items()]
         config.parse(["models/t5_1_1_embedded.gin", "runs/transfer.gin"], bindings)
-        return sweep._identity()
+        return sweep.identity()
 
     plain = identity()
     methods = "{'a': ['a.gin', 'b.gin', 'c.gin', 'd.gin', 'e.gin', 'f.gin', 'g.gin'], 'b': ['c']}"
@@ -195,7 +195,7 @@ def test_what_was_trained_is_known_wherever_it_lies(tmp_path, tiny_folder):
             "INITIAL_CHECKPOINT_PATH": str(folder / "backbone"),
         }
         config.parse(transfer.EVAL_FILES, [(k, repr(v)) for k, v in settings.items()])
-        return sweep._identity()
+        return sweep.identity()
 
     first, second = tmp_path / "first", tmp_path / "second"
     for folder in (first, second):
