@@ -431,6 +431,7 @@ def command() -> None:
 
     What the devices are still at would be torn down under them: a segmentation fault.
     """
+    sys.path.append("")  # Modules of the working directory, which `python -m` would find too.
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()

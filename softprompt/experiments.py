@@ -293,6 +293,7 @@ def _sweep(planned: Plan, options: Options) -> Plan:
         if binary == "train":
             groups.append(_group(line or "prompt tuning", alike, files, bindings))
     sweep.check_known(options.bindings, known)
+    sweep.check_free(options.bindings, LINES=spec.lines, POINTS=spec.points)
     return dataclasses.replace(
         planned, files=files, bindings=bindings, runs=[str(run) for run in runs],
         reduced=_reductions(
