@@ -29,6 +29,7 @@ from softprompt import (
 )
 from softprompt.__main__ import main, split_gin
 from softprompt.importing import _without
+from softprompt.tasks import catalogue
 from softprompt.vocabulary import EMBEDDED
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -460,12 +461,29 @@ def test_a_cpu_is_split_into_devices_that_share_a_batch(tmp_path):
 
 
 def test_the_readme_example_runs(tmp_path, monkeypatch, capsys):
-    [code] = re.findall("```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    _, code = re.findall("```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert len(code.strip().splitlines()) <= 12
     monkeypatch.chdir(tmp_path)
     exec(compile(code.replace("train_steps=200", "train_steps=2"), "README.md", "exec"), {})
     assert list(tmp_path.glob("*.safetensors"))
     assert capsys.readouterr().out
+
+
+def test_the_readmes_own_task_is_read(tmp_path, vocabulary, monkeypatch):
+    code, _ = re.findall("```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    monkeypatch.chdir(tmp_path)
+    for name in ("train.tsv", "dev.tsv"):
+        pathlib.Path(name).write_text("a fine film\tgood\na dull one\tbad\n")
+    catalogue.use_vocabulary(vocabulary.path)
+    exec(compile(code, "my_tasks.py", "exec"), {})
+    task = importlib.import_module("seqio").get_mixture_or_task("my_reviews")
+    lengths = {"inputs": 8, "targets": 8}
+    found = data.from_task(task, "train", lengths)
+    expected = data.from_pairs(
+        [("a fine film", "good"), ("a dull one", "bad")], vocabulary, lengths
+    )
+    assert [x.tolist() for x in found.inputs] == [x.tolist() for x in expected.inputs]
+    assert task.metric_fns[0](["good", "bad"], ["good", "good"]) == {"accuracy": 50.0}
 
 
 def test_generation_scores_and_classes_agree(tiny):

@@ -70,9 +70,9 @@ def test_a_sweep_runs_resumes_and_reports(tmp_path, small, capsys, monkeypatch):
     assert "the same command goes on from here" in capsys.readouterr().out
     read, reads = data._records, []
 
-    def counted(task, split):
+    def counted(task, split, lengths):
         reads.append((task.name, split))
-        return read(task, split)
+        return read(task, split, lengths)
 
     monkeypatch.setattr(data, "_records", counted)
     assert main(["sweep", *small]) == 0
