@@ -17,6 +17,7 @@ import pytest
 import softprompt
 from softprompt import (
     banks,
+    data,
     evaluation,
     members,
     prompt,
