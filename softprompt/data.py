@@ -277,8 +277,8 @@ def _features(task: Any) -> list[str]:
     return found
 
 
-def _check_vocabulary(task: Any, records: Sequence[Mapping[str, Any]]) -> None:
-    """Raises unless a seqio task tokenises as the backbone does, and its ids are the backbone's."""
+def _check_vocabulary(task: Any) -> None:
+    """Raises unless a seqio task tokenises as the backbone does."""
     ours = catalogue.vocabulary()
     for feature in _features(task):
         theirs = task.output_features[feature].vocabulary.encode(PROBE)
@@ -289,12 +289,18 @@ def _check_vocabulary(task: Any, records: Sequence[Mapping[str, Any]]) -> None:
                 f"backbone's, {ours.path!r}: softprompt.tasks.features.VOCABULARY stands for it in "
                 "a seqio.Feature"
             )
+
+
+def _check_ids(task: Any, records: Sequence[Mapping[str, Any]]) -> None:
+    """Raises where a seqio task's records hold ids that the backbone's vocabulary has not."""
+    size = catalogue.vocabulary().size
+    for feature in _features(task):
         ids = [record[feature] for record in records if feature in record]
         largest = max((int(x.max()) for x in ids if len(x)), default=0)
-        if largest >= ours.size:
+        if largest >= size:
             raise ValueError(
                 f"the {feature} of task {task.name} hold the id {largest}, expected less than "
-                f"{ours.size}, the size of the backbone's vocabulary"
+                f"{size}, the size of the backbone's vocabulary"
             )
 
 
@@ -336,17 +342,23 @@ def keeping_records() -> Iterator[None]:
 
 def from_task(task: Any, split: str, lengths: Mapping[str, int]) -> Examples:
     """All examples of a task's split, tokenised, in memory; from seqio's offline cache if any."""
+    # Our tasks take no heed of the lengths: without them it is known what was cut.
+    heeded = None if task.name in catalogue.names() else dict(lengths)
     kept = _kept.get()
     if kept is None:
-        records = _records(task, split, lengths)
-    else:
-        key = (task, split, catalogue.vocabulary_path(), *sorted(lengths.items()))
-        if isinstance(task, catalogue.Definition):
-            key = key[:3]
-        if key not in kept:
-            kept[key] = _records(task, split, lengths)
-        records = kept[key]
-    return _examples(task, records, lengths)
+        return _examples(task, _records(task, split, heeded), lengths)
+    key = (task, split, catalogue.vocabulary_path(), *sorted((heeded or {}).items()))
+    if key not in kept:
+        kept[key] = _records(task, split, heeded)
+    return _examples(task, kept[key], lengths)
+
+
+def check_split(task: Any, split: str) -> None:
+    """Raises where a task lacks the split."""
+    if split not in task.splits:
+        raise ValueError(
+            f"task {task.name} has no split {split!r}; it has {', '.join(task.splits)}"
+        )
 
 
 def _examples(task: Any, records: Sequence[dict[str, Any]], lengths: Mapping[str, int]) -> Examples:
@@ -355,22 +367,20 @@ def _examples(task: Any, records: Sequence[dict[str, Any]], lengths: Mapping[str
     return make_examples(task.name, inputs, targets, records, lengths)
 
 
-def _records(task: Any, split: str, lengths: Mapping[str, int]) -> list[dict[str, Any]]:
-    """A split's records, whose inputs and targets `make_examples` cuts."""
-    if split not in task.splits:
-        raise ValueError(
-            f"task {task.name} has no split {split!r}; it has {', '.join(task.splits)}"
-        )
+def _records(task: Any, split: str, lengths: Mapping[str, int] | None) -> list[dict[str, Any]]:
+    """A split's records, whose inputs and targets `make_examples` cuts.
+
+    `lengths` are what seqio gives to the preprocessors.
+    """
+    check_split(task, split)
     if isinstance(task, catalogue.Definition):
         records = task.records(split)
     else:
-        _check_vocabulary(task, ())
+        _check_vocabulary(task)
         cached = cache_of(task, split)
-        # Ours take no heed of the lengths: without them it is known what was cut.
-        own = task.name in catalogue.names()
         dataset = _dataset(
             task,
-            sequence_length=None if own else dict(lengths),
+            sequence_length=lengths,
             split=split,
             shuffle=False,
             use_cached=cached is not None,
@@ -379,7 +389,7 @@ def _records(task: Any, split: str, lengths: Mapping[str, int]) -> list[dict[str
         records = list(track(_rows(dataset), f"{task.name}: reading {split}", "examples"))
         if cached is not None:
             _check_tokens(task, records, cached)
-        _check_vocabulary(task, records)
+        _check_ids(task, records)
     if not records:
         raise ValueError(f"task {task.name}, split {split!r}: there are no examples")
     return records
@@ -432,11 +442,11 @@ def prefix_targets(examples: Examples, prefix: Sequence[int]) -> Examples:
 
 def first_examples(task: Any, split: str, lengths: Mapping[str, int], count: int) -> Examples:
     """The first `count` examples of a split too large for memory, always the same ones."""
-    _check_vocabulary(task, ())
+    _check_vocabulary(task)
     dataset = _dataset(task, sequence_length=dict(lengths), split=split, shuffle=False, seed=0)
     taken = dataset.take(count).as_numpy_iterator()
     records = list(track(taken, f"{task.name}: reading {split}", "examples", count))
-    _check_vocabulary(task, records)
+    _check_ids(task, records)
     return _examples(task, records, lengths)
 
 
@@ -458,7 +468,7 @@ def stream_batches(
 
     for task, _ in get_tasks(name):
         if not isinstance(task, catalogue.Definition):
-            _check_vocabulary(task, ())
+            _check_vocabulary(task)
 
     def generate(start: int) -> Iterator[Batch]:
         dataset = seqio.get_mixture_or_task(name).get_dataset(

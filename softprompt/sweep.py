@@ -253,10 +253,7 @@ def _check_task(run: Run) -> None:
 def check_split(tasks: Iterable[Any], split: str) -> None:
     """Raises where a task lacks the split, or its data that only a local folder can have."""
     for task in tasks:
-        if split not in task.splits:
-            raise ValueError(
-                f"task {task.name} has no split {split!r}; it has {', '.join(task.splits)}"
-            )
+        data.check_split(task, split)
         sources.check_local(task.name, split)
 
 
@@ -320,7 +317,10 @@ def _known(bindings: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 
 def identity() -> str:
     """A digest of the configuration and of what it reads, less the plan and where it is written."""
-    read = content.of(config.macros())
+    return _identity(content.of(config.macros()))
+
+
+def _identity(read: Mapping[str, str | None]) -> str:
     lines = [*_lines(config.operative(), content.elsewhere(read)), json.dumps(read, sort_keys=True)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
@@ -349,9 +349,9 @@ def finished(run: Run) -> Outcome | None:
     if not path.exists():
         return None
     found = checkpoint.read_object(path)
-    if found.get("configuration") != identity():
+    read = content.of(config.macros())
+    if found.get("configuration") != _identity(read):
         before = run.folder / "config.gin"
-        read = content.of(config.macros())
         apart = content.elsewhere(read)
         was = _settings(before.read_text(encoding="utf-8"), apart) if before.is_file() else {}
         differ = checkpoint.differences(was, _settings(config.operative(), apart)) if was else []
@@ -370,7 +370,8 @@ def finished(run: Run) -> Outcome | None:
 
 def do(run: Run, binary: str) -> Outcome | None:
     """Does one run; None if it was interrupted. A diverged one has no figures, and no score."""
-    ours, read = identity(), content.of(config.macros())
+    read = content.of(config.macros())
+    ours = _identity(read)
     best_metric = config.macros().get("BEST_METRIC")
     began = time.monotonic()
     figures: Mapping[str, float]
