@@ -26,7 +26,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from softprompt import backbone, losses, prompted, t5_config, throughput, train, train_step, tree  # noqa: E402
+from softprompt import backbone, losses, prompted, t5_config, throughput, train, tree, xla  # noqa: E402
 
 
 def best(function, *operands) -> float:
@@ -77,7 +77,7 @@ def main() -> None:
         ("loss, forward", loss, whole),
         ("loss, forward and backward", jax.grad(loss), 2 * whole),
     ):
-        compiled = jax.jit(function, compiler_options=train_step.compiler_options())
+        compiled = jax.jit(function, compiler_options=xla.step_options())
         seconds = best(compiled, bank, frozen, ids, targets)
         print(
             f"{name}: {seconds:.3f} s, {flops / seconds / 1e9:.0f} GFLOP/s, "

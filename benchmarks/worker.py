@@ -96,6 +96,7 @@ class Ours:
             train,
             train_step,
             tree,
+            xla,
         )
 
         self.jax, self.data, self.lengths, self.packing = jax, data, lengths, packing
@@ -139,7 +140,11 @@ class Ours:
         self.step = train_step.jit_step(train_step.make_step(module, optimizer))
         length = settings["decode_length"]
         params = lambda flat: tree.unflatten({**flat, **trainable})  # noqa: E731
-        self.greedy = jax.jit(lambda flat, ids: decode.greedy(module, params(flat), ids, length))
+        self.encode = jax.jit(lambda flat, ids: decode.encode(module, params(flat), ids))
+        self.greedy = jax.jit(
+            lambda flat, encoded: decode.greedy(module, params(flat), encoded, length),
+            compiler_options=xla.loop_options(),
+        )
         self.score = jax.jit(
             lambda flat, ids, labels: decode.score_labels(module, params(flat), ids, labels)
         )
@@ -201,7 +206,8 @@ class Ours:
             self.state = self.step(self.state, self.frozen, batch)
             self.jax.block_until_ready(self.state)
         elif case == "decode":
-            np.asarray(self.greedy(self.frozen, batch["encoder_ids"]))
+            encoded = self.encode(self.frozen, batch["encoder_ids"])
+            np.asarray(self.greedy(self.frozen, encoded))
         else:
             np.asarray(self.score(self.frozen, batch["encoder_ids"], self._labels(batch)))
 

@@ -1,11 +1,12 @@
 """Decoding with a key-value cache, and rank classification.
 
-Each function is pure and jittable. The encoder runs once, what cross-attention reads is made once,
-and the loop stops when every row is done.
+Each function is pure and jittable. The encoder runs once (`encode`, which may be a program of its
+own: a decoding loop is best compiled otherwise, see `xla.loop_options`), what cross-attention reads
+is made once, and the loop stops when every row is done.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +22,22 @@ Params = dict[str, Any]
 Choose = Callable[[Array, Array], Array]
 
 
-def _start(module: PromptedT5, params: Params, encoder_ids: Array, length: int, beams: int = 1):
+class Encoded(NamedTuple):
+    """What decoding starts from: the encoder's output `[B, T, H]`, and segments `[B, T]`."""
+
+    output: Array
+    segments: Array
+
+
+def encode(module: PromptedT5, params: Params, encoder_ids: Array) -> Encoded:
+    """What the functions below decode from, of rows `[B, T]` of ids and prompt slots."""
+    return Encoded(*module.apply({"params": params}, encoder_ids, method="encode"))
+
+
+def _start(module: PromptedT5, params: Params, encoded: Encoded, length: int, beams: int = 1):
     variables = {"params": params}
-    encoded, segments = module.apply(variables, encoder_ids, method="encode")
-    cache, cross = module.apply(variables, encoded, length, method="start_decoding")
+    segments = encoded.segments
+    cache, cross = module.apply(variables, encoded.output, length, method="start_decoding")
     if beams > 1:
         tile = lambda x: jnp.repeat(x, beams, axis=0)  # noqa: E731
         cache, segments = jax.tree.map(tile, (cache, segments))
@@ -39,7 +52,7 @@ def _start(module: PromptedT5, params: Params, encoder_ids: Array, length: int, 
 def _loop(
     module: PromptedT5,
     params: Params,
-    encoder_ids: Array,
+    encoded: Encoded,
     length: int,
     choose: Choose,
     scored: bool = False,
@@ -48,11 +61,11 @@ def _loop(
 
     With `scored` also their log-likelihood `[B]` (EOS included), else zeros.
     """
-    step, cache = _start(module, params, encoder_ids, length)
-    rows = encoder_ids.shape[0]
+    step, cache = _start(module, params, encoded, length)
+    rows = encoded.segments.shape[0]
     ids = jnp.full((rows, length), PAD_ID, jnp.int32)
     # A row without any input is batch padding: it is done before it begins.
-    done = ~jnp.any(encoder_ids > 0, axis=1)
+    done = ~jnp.any(encoded.segments > 0, axis=1)
 
     def more(carry):
         index, _, _, done, _, _ = carry
@@ -75,16 +88,16 @@ def _loop(
     return ids, scores
 
 
-def greedy(module: PromptedT5, params: Params, encoder_ids: Array, length: int) -> Array:
+def greedy(module: PromptedT5, params: Params, encoded: Encoded, length: int) -> Array:
     """The likeliest token at every position: ids `[B, length]`."""
-    return _loop(module, params, encoder_ids, length, _likeliest)[0]
+    return _loop(module, params, encoded, length, _likeliest)[0]
 
 
 def greedy_scored(
-    module: PromptedT5, params: Params, encoder_ids: Array, length: int
+    module: PromptedT5, params: Params, encoded: Encoded, length: int
 ) -> tuple[Array, Array]:
     """`greedy`, and the log-likelihood `[B]` of what it found in nats (EOS included)."""
-    return _loop(module, params, encoder_ids, length, _likeliest, scored=True)
+    return _loop(module, params, encoded, length, _likeliest, scored=True)
 
 
 def _likeliest(logits: Array, _: Array) -> Array:
@@ -97,7 +110,7 @@ def _likeliest(logits: Array, _: Array) -> Array:
 def sample(
     module: PromptedT5,
     params: Params,
-    encoder_ids: Array,
+    encoded: Encoded,
     length: int,
     keys: Array,
     temperature: float = 1.0,
@@ -122,7 +135,7 @@ def sample(
         allowed = restrict(logits / temperature, top_k, top_p)
         return jax.vmap(jax.random.categorical)(own, allowed)
 
-    return _loop(module, params, encoder_ids, length, choose)[0]
+    return _loop(module, params, encoded, length, choose)[0]
 
 
 def restrict(logits: Array, top_k: int, top_p: float) -> Array:
@@ -143,7 +156,7 @@ def restrict(logits: Array, top_k: int, top_p: float) -> Array:
 def beam(
     module: PromptedT5,
     params: Params,
-    encoder_ids: Array,
+    encoded: Encoded,
     length: int,
     beams: int = 4,
     alpha: float = 0.6,
@@ -154,8 +167,8 @@ def beam(
     `((5 + n) / 6) ** alpha` (Wu et al. 2016, equation 14). Hypotheses that reach `length` without
     EOS count only for rows where none finished.
     """
-    step, cache = _start(module, params, encoder_ids, length, beams)
-    rows = encoder_ids.shape[0]
+    step, cache = _start(module, params, encoded, length, beams)
+    rows = encoded.segments.shape[0]
 
     def penalty(n):
         return ((5.0 + n) / 6.0) ** alpha
@@ -190,7 +203,7 @@ def beam(
         # Log-probabilities only fall: the best an alive beam can still score.
         hope = alive_scores[:, 0] / penalty(length)
         settled = finished_scores[:, -1] > hope
-        empty = ~jnp.any(encoder_ids > 0, axis=1)
+        empty = ~jnp.any(encoded.segments > 0, axis=1)
         return (index < length) & ~jnp.all(settled | empty)
 
     ids = jnp.full((rows, beams, length), PAD_ID, jnp.int32)

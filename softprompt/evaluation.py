@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from softprompt import checkpoint, data, decode, lengths, losses, partition, tree
+from softprompt import checkpoint, data, decode, lengths, losses, partition, tree, xla
 from softprompt.backbone import Backbone
 from softprompt.eval_task import EvalTask, Figures, encode_labels, plain
 from softprompt.logbook import track
@@ -83,25 +83,27 @@ class Predictor:
         self.decode_length = decode_length
         module = PromptedT5(backbone.cfg, sum(prompt_lengths))
 
-        def generate(flat, ids, numbers):
+        def generate(flat, encoded, numbers):
             params = tree.unflatten(flat)
             if temperature > 0:
                 keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(
                     numbers
                 )
                 return decode.sample(
-                    module, params, ids, decode_length, keys, temperature, top_k, top_p
+                    module, params, encoded, decode_length, keys, temperature, top_k, top_p
                 )
             if beams > 1:
-                return decode.beam(module, params, ids, decode_length, beams)[0]
-            return decode.greedy(module, params, ids, decode_length)
+                return decode.beam(module, params, encoded, decode_length, beams)[0]
+            return decode.greedy(module, params, encoded, decode_length)
+
+        def generate_scored(flat, encoded):
+            return decode.greedy_scored(module, tree.unflatten(flat), encoded, decode_length)
 
         # Every process gets every row's result.
         jit = functools.partial(jax.jit, out_shardings=partition.replicated(backbone.mesh))
-        self._generate = jit(generate)
-        self._generate_scored = jit(
-            lambda flat, ids: decode.greedy_scored(module, tree.unflatten(flat), ids, decode_length)
-        )
+        self._encode = jax.jit(lambda flat, ids: decode.encode(module, tree.unflatten(flat), ids))
+        self._generate = jit(generate, compiler_options=xla.loop_options())
+        self._generate_scored = jit(generate_scored, compiler_options=xla.loop_options())
         self._score = jit(
             lambda flat, ids, labels: decode.score_labels(module, tree.unflatten(flat), ids, labels)
         )
@@ -142,7 +144,8 @@ class Predictor:
         numbers = np.asarray(range(len(examples)) if numbers is None else numbers, np.int32)
         for indices, batch in self._batches(examples, which):
             of_rows = self._of_rows(numbers[indices], batch)
-            ids = np.asarray(self._generate(flat, batch["encoder_ids"], of_rows))
+            encoded = self._encode(flat, batch["encoder_ids"])
+            ids = np.asarray(self._generate(flat, encoded, of_rows))
             for i, row in zip(indices, ids, strict=False):
                 texts[i] = self._text(row)
         return texts
@@ -158,7 +161,8 @@ class Predictor:
         """Greedy strings, and the log-likelihood `[examples]` of each in nats."""
         texts, scores = [""] * len(examples), np.zeros(len(examples), np.float32)
         for indices, batch in self._batches(examples, which):
-            ids, found = map(np.asarray, self._generate_scored(flat, batch["encoder_ids"]))
+            encoded = self._encode(flat, batch["encoder_ids"])
+            ids, found = map(np.asarray, self._generate_scored(flat, encoded))
             scores[indices] = found[: len(indices)]
             for i, row in zip(indices, ids, strict=False):
                 texts[i] = self._text(row)

@@ -21,7 +21,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from softprompt import checkpoint, partition, selection, throughput, train, train_step, tree
+from softprompt import checkpoint, partition, selection, throughput, train, train_step, tree, xla
 from softprompt.backbone import Backbone
 from softprompt.logbook import Logbook, duration, say
 from softprompt.prompted import PROMPT, PromptedT5
@@ -240,7 +240,7 @@ class _Group:
             labels = [run.member.label_ids for run in self.runs]
             widest = tuple(max(x.shape[axis] for x in labels) for axis in (0, 1))
             self._label_ids = np.stack([_padded(x, widest) for x in labels])
-        self._step = jax.jit(self._make_step(), compiler_options=train_step.compiler_options())
+        self._step = jax.jit(self._make_step(), compiler_options=xla.step_options())
 
     def _make_step(self):
         members, label_ids = [run.member for run in self.runs], self._label_ids

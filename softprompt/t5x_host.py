@@ -251,10 +251,11 @@ class PromptedModel(models.BaseTransformerModel):
         ids = self._with_slots(batch["encoder_input_tokens"])
         length = batch["decoder_input_tokens"].shape[1]
         params = tree.unflatten(_flatten(params))
+        encoded = decode.encode(self.module, params, ids)
         if self.beams > 1:
-            answers, scores = decode.beam(self.module, params, ids, length, self.beams)
+            answers, scores = decode.beam(self.module, params, encoded, length, self.beams)
             return answers, {"scores": scores}
-        return decode.greedy(self.module, params, ids, length), {}
+        return decode.greedy(self.module, params, encoded, length), {}
 
     def score_batch(self, params, batch, return_intermediates=False):
         """Log-likelihood `[B]` of the targets."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from softprompt import data, decode, dropout, losses, partition, tree
+from softprompt import data, decode, dropout, losses, partition, tree, xla
 from softprompt.prompted import PromptedT5
 from softprompt.reparameterise import Mlp
 from softprompt.t5_config import T5Config
@@ -165,18 +165,7 @@ def make_step(
 
 def jit_step(step: Callable, platform: str | None = None) -> Any:
     """`jax.jit(step)`, whose first argument is given away, with XLA's options for a train step."""
-    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(platform))
-
-
-def compiler_options(platform: str | None = None) -> dict[str, Any]:
-    """XLA's options for a step on `platform` (default: JAX's): its schedule must save memory.
-
-    XLA's CPU backend orders operations for concurrency unless told otherwise, and begins what the
-    backward pass recomputes, and the wider copies of int8 weights, long before they are needed.
-    """
-    if (platform or jax.default_backend()) != "cpu":
-        return {}
-    return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+    return jax.jit(step, donate_argnums=0, compiler_options=xla.step_options(platform))
 
 
 def _accumulated(loss_fn, trainable, batch, parts: int):

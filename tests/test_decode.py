@@ -33,6 +33,10 @@ def model():
     return PromptedT5(cfg, rows), tree.unflatten(params), ids
 
 
+def greedy(module, params, ids, length):
+    return decode.greedy(module, params, decode.encode(module, params, ids), length)
+
+
 def forced(model, ids, out):
     """Log-probabilities `[B, L, V]` without a cache, feeding `out` shifted right."""
     module, params, _ = model
@@ -44,8 +48,7 @@ def forced(model, ids, out):
 
 def test_cached_greedy_equals_uncached(model):
     module, params, ids = model
-    greedy = jax.jit(functools.partial(decode.greedy, module, length=LENGTH))
-    cached = np.asarray(greedy(params, ids))
+    cached = np.asarray(jax.jit(functools.partial(greedy, module, length=LENGTH))(params, ids))
     out = np.zeros((2, LENGTH), np.int32)
     done = np.zeros(2, bool)
     for i in range(LENGTH):
@@ -61,7 +64,7 @@ def test_cached_greedy_equals_uncached(model):
 def test_greedy_encodes_once_and_projects_cross_attention_once(model, length):
     module, params, ids = model
     assert t5_layers.few(module.cfg, length) == (length == LENGTH)
-    jaxpr = jax.make_jaxpr(functools.partial(decode.greedy, module, length=length))(params, ids)
+    jaxpr = jax.make_jaxpr(functools.partial(greedy, module, length=length))(params, ids)
     (loop,) = [e for e in equations(jaxpr.jaxpr) if e.primitive.name == "while"]
     inside, everywhere = products(loop.params["body_jaxpr"].jaxpr), products(jaxpr.jaxpr)
     # The encoder's output [3, 7, 24] meets kernels of all heads, [24, 32], outside the loop alone.
@@ -88,7 +91,7 @@ def products(jaxpr):
 def test_room_for_more_tokens_changes_none(model):
     """Short decoding does without the cross-attention's keys and values, long decoding has them."""
     module, params, ids = model
-    short, long = (np.asarray(decode.greedy(module, params, ids, n)) for n in (LENGTH, 16))
+    short, long = (np.asarray(greedy(module, params, ids, n)) for n in (LENGTH, 16))
     np.testing.assert_array_equal(short, long[:, :LENGTH])
 
 
@@ -99,7 +102,7 @@ def test_a_wide_beam_finds_the_best_of_all_sequences(model, few, monkeypatch):
     module, params, ids = model
     length, alpha = 3, 0.6
     search = jax.jit(functools.partial(decode.beam, module, length=length, beams=144, alpha=alpha))
-    found, scores = search(params, ids[:2])
+    found, scores = search(params, decode.encode(module, params, ids[:2]))
     # Every sequence that ends within the length, padded after its end.
     outs = [
         tuple(head) + (EOS_ID,) + (0,) * (length - n - 1)
@@ -119,7 +122,7 @@ def test_a_wide_beam_finds_the_best_of_all_sequences(model, few, monkeypatch):
 
 def test_sampling_obeys_temperature_top_k_and_seed(model):
     module, params, ids = model
-    many = np.repeat(ids[:1], 64, 0)
+    many = decode.encode(module, params, np.repeat(ids[:1], 64, 0))
     run = jax.jit(
         lambda key, temperature, k: decode.sample(
             module, params, many, 1, jax.random.split(key, 64), temperature, k, 1.0

@@ -55,7 +55,8 @@ def ours(backbone) -> dict[str, np.ndarray]:
         module, params = PromptedT5(backbone.cfg, rows), tree.unflatten(flat)
         with jax.default_matmul_precision("highest"):
             logits = module.apply({"params": params}, ids, given["decoder"])
-            tokens = decode.greedy(module, params, jnp.asarray(ids), golden.DECODE_LENGTH)
+            encoded = decode.encode(module, params, jnp.asarray(ids))
+            tokens = decode.greedy(module, params, encoded, golden.DECODE_LENGTH)
         found[f"{name}_logits"] = np.asarray(logits)
         found[f"{name}_greedy"] = np.asarray(tokens)
     return found
@@ -377,10 +378,10 @@ def test_peft_and_ours_generate_the_same(modules, tmp_path):
     array = prompt.load(tmp_path / "p.safetensors")[0]
     flat = {**backbone.params, "prompt/bank": jnp.asarray(array)}
     front = np.tile(slots(backbone.cfg.vocab_size, 7), (len(ids), 1))
-    mine = decode.greedy(
-        PromptedT5(backbone.cfg, 7), tree.unflatten(flat),
-        jnp.asarray(np.concatenate([front, given["encoder"]], 1)), golden.DECODE_LENGTH,
-    )  # fmt: skip
+    module, params = PromptedT5(backbone.cfg, 7), tree.unflatten(flat)
+    rows = jnp.asarray(np.concatenate([front, given["encoder"]], 1))
+    encoded = decode.encode(module, params, rows)
+    mine = decode.greedy(module, params, encoded, golden.DECODE_LENGTH)
     reread = peft.PeftModel.from_pretrained(golden.model("t5_1_1"), tmp_path / "again").eval()
     for model in (wrapped, reread):
         with torch.no_grad():

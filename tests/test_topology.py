@@ -6,7 +6,7 @@ import jax
 import pytest
 from test_memory import tiny_run
 
-from softprompt import memory, partition, products, topology, train_step
+from softprompt import memory, partition, products, topology, xla
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -62,9 +62,10 @@ def test_a_mesh_takes_the_devices_that_it_is_given():
 
 
 def test_options_and_products_are_those_of_the_platform_that_is_compiled_for():
-    assert train_step.compiler_options("tpu") == {}
-    assert "xla_cpu_scheduler_type" in train_step.compiler_options("cpu")
-    assert train_step.compiler_options() == train_step.compiler_options(jax.default_backend())
+    assert xla.step_options("tpu") == {}
+    assert "xla_cpu_scheduler_type" in xla.step_options("cpu")
+    assert xla.step_options() == xla.step_options(jax.default_backend())
+    assert xla.loop_options("gpu") == {}
     assert products.platform() == jax.default_backend()
     for device in ("tpu", jax.devices()[0]):
         with jax.default_device(device):
