@@ -8,7 +8,7 @@ import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
 
-from softprompt import compare, config, formats, members, needs, standins, sweep, transfer
+from softprompt import compare, config, formats, members, needs, planning, standins, sweep, transfer
 from softprompt.tasks import builtin, sources  # noqa: F401 (the first defines the tasks)
 
 SWEEP, TRANSFER, ENSEMBLE, COUNTS, PORTRAIT = "sweep", "transfer", "ensemble", "counts", "portrait"
@@ -281,19 +281,19 @@ def _sweep(planned: Plan, options: Options) -> Plan:
     own += [("POINTS", repr(points)), ("LINES", repr(lines)), ("TASKS", repr(tasks))]
     bindings = [*given, *own, *options.bindings]
     config.parse(files, (), complete=False)
-    config.parse(files, sweep._known(bindings))
+    config.parse(files, planning.known(bindings))
     spec = sweep.read(config.macros())
     runs = list(sweep.runs(spec))
     groups: list[needs.Group] = []
     known: set[str] = set()
     for line in dict.fromkeys(run.line for run in runs):
         alike = [run for run in runs if run.line == line]
-        binary = sweep.configure(alike[-1], files, bindings, [])
+        binary = planning.configure(alike[-1], files, bindings, [])
         known |= set(config.macros())
         if binary == "train":
             groups.append(_group(line or "prompt tuning", alike, files, bindings))
-    sweep.check_known(options.bindings, known)
-    sweep.check_free(options.bindings, LINES=spec.lines, POINTS=spec.points)
+    planning.check_known(options.bindings, known)
+    planning.check_free(options.bindings, LINES=spec.lines, POINTS=spec.points)
     return dataclasses.replace(
         planned, files=files, bindings=bindings, runs=[str(run) for run in runs],
         reduced=_reductions(
@@ -304,12 +304,12 @@ def _sweep(planned: Plan, options: Options) -> Plan:
     )  # fmt: skip
 
 
-def _group(name: str, runs: Sequence[sweep.Run], files, bindings) -> needs.Group:
+def _group(name: str, runs: Sequence[planning.Run], files, bindings) -> needs.Group:
     """Runs alike but for their point, task and seed; the last is taken for the largest."""
 
     def configure(folder: str) -> None:
         last = dataclasses.replace(runs[-1], folder=pathlib.Path(folder))
-        sweep.configure(last, files, bindings, [])
+        planning.configure(last, files, bindings, [])
 
     return needs.Group(name, len(runs), configure)
 

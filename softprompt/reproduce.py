@@ -8,7 +8,17 @@ prints (`published`).
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from softprompt import checkpoint, compare, config, members, needs, portrait, sweep, transfer
+from softprompt import (
+    checkpoint,
+    compare,
+    config,
+    members,
+    needs,
+    planning,
+    portrait,
+    sweep,
+    transfer,
+)
 from softprompt.experiments import (
     COUNTS,
     ENSEMBLE,
@@ -129,10 +139,10 @@ def _vote(model: str, task: str, planned: Plan, own: Bindings) -> None:
     config.parse(
         [model, "runs/prompt_ensemble.gin"], [(name, repr(v)) for name, v in settings.items()]
     )
-    evaluation = sweep.Run("", "ensemble", task, 0, [], folder / "ensemble")
+    evaluation = planning.Run("", "ensemble", task, 0, [], folder / "ensemble")
     result = evaluation.folder / "result.json"
     found = checkpoint.read_object(result) if result.exists() else {}
-    alike = found.get("configuration") == sweep.identity()
+    alike = found.get("configuration") == planning.identity()
     if not alike or any(p.stat().st_mtime > result.stat().st_mtime for p in prompts):
         result.unlink(missing_ok=True)
-        sweep.do(evaluation, "eval")
+        planning.do(evaluation, "eval")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from softprompt import checkpoint, config, data, provenance, report, sweep
+from softprompt import checkpoint, config, data, planning, provenance, report, sweep
 from softprompt import train as training
 from softprompt.logbook import duration, say
 from softprompt.report import NAME as REPORT
@@ -49,7 +49,7 @@ class Spec:
     sources: Sequence[str]
     targets: Sequence[str]
     split: str
-    methods: sweep.Settings
+    methods: planning.Settings
     seeds: Sequence[int]
 
 
@@ -80,19 +80,19 @@ def read(macros: Mapping[str, Any]) -> Spec:
             raise ValueError(
                 f"{name} is {macros[name]!r}, expected different task names, such as ['squad']"
             )
-        sweep.check_folders(name, value)
+        planning.check_folders(name, value)
         tasks[name] = value
     return Spec(
         pathlib.Path(macros["TRANSFER_DIR"]),
         tasks["SOURCES"],
         tasks["TARGETS"],
         macros["TARGET_SPLIT"],
-        sweep.settings_of("METHODS", macros["METHODS"]),
-        sweep.seeds_of(macros["SEEDS"]),
+        planning.settings_of("METHODS", macros["METHODS"]),
+        planning.seeds_of(macros["SEEDS"]),
     )
 
 
-def runs(spec: Spec) -> Iterator[sweep.Run]:
+def runs(spec: Spec) -> Iterator[planning.Run]:
     """The trainings, a whole seed before the next: an unfinished table already has every row."""
     for seed in spec.seeds:
         for source in spec.sources:
@@ -101,7 +101,7 @@ def runs(spec: Spec) -> Iterator[sweep.Run]:
                 folder = spec.folder.joinpath(
                     "runs", folder_name(method), folder_name(source), str(seed)
                 )
-                yield sweep.Run(method, "", source, seed, settings, folder)
+                yield planning.Run(method, "", source, seed, settings, folder)
 
 
 def transfer(
@@ -117,23 +117,23 @@ def transfer(
     """
     config.parse(files, bindings, search_paths, complete=False)
     spec, modules = read(config.macros()), config.macros()["MIXTURE_OR_TASK_MODULE"]
-    sweep.check_free(bindings, METHODS=spec.methods)
+    planning.check_free(bindings, METHODS=spec.methods)
     planned = list(runs(spec))
     for run in planned:  # A method's mistake is found before another one has trained.
-        sweep.configure(run, files, bindings, search_paths)
+        planning.configure(run, files, bindings, search_paths)
     check_tasks(spec, modules)
     figures: dict[Figure, None] = {}
     spent: list[float] = []
     for number, run in enumerate(planned, 1):
-        sweep.configure(run, files, bindings, search_paths)
+        planning.configure(run, files, bindings, search_paths)
         macros = config.macros()
-        trained = sweep.finished(run)
+        trained = planning.finished(run)
         if trained is None:
             left = ""
             if spent:
                 left = f", about {duration(np.mean(spent) * (len(planned) - number + 1))} left"
             say(f"--- training {number}/{len(planned)}: {run}{left}")
-            trained = sweep.do(run, "train")
+            trained = planning.do(run, "train")
             training.clear_caches()
             if trained is None:
                 say(f"stopped during {run}; the same command goes on from here")
@@ -155,15 +155,17 @@ def check_tasks(spec: Spec, modules: str | Sequence[str] | None) -> None:
     import_modules(modules)
     for names, split in ((spec.sources, "train"), (spec.targets, spec.split)):
         for name in names:
-            sweep.check_split((task for task, _ in data.get_tasks(name)), split)
+            planning.check_split((task for task, _ in data.get_tasks(name)), split)
 
 
-def evaluation_folder(run: sweep.Run, target: str) -> pathlib.Path:
+def evaluation_folder(run: planning.Run, target: str) -> pathlib.Path:
     """Where the evaluation of a training on a target is kept."""
     return run.folder / "transfer" / folder_name(target)
 
 
-def evaluated(run: sweep.Run, target: str, split: str, macros: Mapping[str, Any]) -> list[Figure]:
+def evaluated(
+    run: planning.Run, target: str, split: str, macros: Mapping[str, Any]
+) -> list[Figure]:
     """Figures of what a training left on a target, from its folder or by evaluating it now.
 
     `macros` are those of the training.
@@ -182,10 +184,10 @@ def evaluated(run: sweep.Run, target: str, split: str, macros: Mapping[str, Any]
     )
     settings["EVAL_OUTPUT_DIR"] = str(evaluation.folder)
     config.parse(EVAL_FILES, [(name, repr(value)) for name, value in settings.items()])
-    outcome = sweep.finished(evaluation)
+    outcome = planning.finished(evaluation)
     if outcome is None:
         say(f"--- {evaluation}")
-        outcome = sweep.do(evaluation, "eval")
+        outcome = planning.do(evaluation, "eval")
         training.clear_caches()
     found = []
     for name, value in outcome.figures.items():

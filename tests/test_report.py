@@ -8,7 +8,7 @@ import shlex
 import numpy as np
 import pytest
 
-from softprompt import checkpoint, page, prompt, report, report_many, runs, sweep
+from softprompt import checkpoint, page, planning, prompt, report, report_many, runs, sweep
 from softprompt.__main__ import main
 
 ATTACK = "<script>alert(1)</script>"
@@ -294,10 +294,10 @@ def swept(tmp_path):
         {"t": [], "u": []}, [0, 1],
     )  # fmt: skip
     done = [
-        sweep.Outcome(r, 10.0 * i, {"accuracy": 10.0 * i}, 1.5)
+        planning.Outcome(r, 10.0 * i, {"accuracy": 10.0 * i}, 1.5)
         for i, r in enumerate(sweep.runs(spec))
     ]
-    done[-1] = sweep.Outcome(done[-1].run, float("nan"), {}, 2.0)
+    done[-1] = planning.Outcome(done[-1].run, float("nan"), {}, 2.0)
     made = done[1].run.folder
     made.mkdir(parents=True)
     (made / "report.html").write_text("")

@@ -9,6 +9,7 @@ import pytest
 from softprompt import (
     checkpoint,
     compare,
+    config,
     experiments,
     members,
     needs,
@@ -307,7 +308,7 @@ def test_populations_train_and_vote_once(tmp_path, monkeypatch, quick):
         return vote
 
     monkeypatch.setattr(members, "run", population)
-    monkeypatch.setattr(sweep.config, "configured", lambda f: evaluate(f.__name__))
+    monkeypatch.setattr(config, "configured", lambda f: evaluate(f.__name__))
     options = Options(output_dir=tmp_path)
     assert reproduce.run("table3", options) and len(trained) == len(voted) == 3
     assert len(voted[0]["PROMPT_FILES"]) == 3 and voted[0]["EVAL_MODE"] == "rank"

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from softprompt import config, data, sweep
+from softprompt import config, data, planning, sweep
 from softprompt.__main__ import main
 
 PARTS = ("sweeps/common.gin", "sweeps/benchmark_tasks.gin", "sweeps/super_glue_tasks.gin")
@@ -27,9 +27,9 @@ def test_every_run_of_every_sweep_resolves(file):
     assert len({run.folder for run in planned}) == len(planned)
     identities = set()
     for run in planned:
-        assert sweep.configure(run, files, bindings, []) in sweep.BINARIES
+        assert planning.configure(run, files, bindings, []) in planning.BINARIES
         assert config.macros()["SEED"] == run.seed
-        identities.add(sweep.identity())
+        identities.add(planning.identity())
     assert len(identities) == len(planned)
 
 
@@ -59,13 +59,13 @@ SEEDS = [0, 1]
 @pytest.mark.slow
 def test_a_sweep_runs_resumes_and_reports(tmp_path, small, capsys, monkeypatch):
     # Its first attempt is cut off in the third run.
-    real, calls = sweep.do, []
+    real, calls = planning.do, []
 
     def cut(run, binary):
         calls.append(run)
         return None if len(calls) == 3 else real(run, binary)
 
-    monkeypatch.setattr(sweep, "do", cut)
+    monkeypatch.setattr(planning, "do", cut)
     assert main(["sweep", *small]) == 143
     assert "the same command goes on from here" in capsys.readouterr().out
     read, reads = data._records, []
@@ -113,7 +113,9 @@ def test_a_diverged_run_does_not_end_a_sweep(tmp_path, small, capsys):
 
 
 def test_a_run_that_evaluated_nothing_ends_a_sweep(small, capsys, monkeypatch):
-    monkeypatch.setattr(sweep, "do", lambda run, binary: sweep.Outcome(run, math.nan, {}, 1.0))
+    monkeypatch.setattr(
+        planning, "do", lambda run, binary: planning.Outcome(run, math.nan, {}, 1.0)
+    )
     assert main(["sweep", *small]) == 2
     assert "evaluated nothing (EVAL_SPLIT)" in capsys.readouterr().err
 
@@ -145,14 +147,14 @@ def test_a_flag_goes_over_what_suits_a_task_and_under_the_points(small):
     config.parse(files, given[:1], search)
     spec = sweep.read(config.macros())
     run = next(sweep.runs(spec))
-    sweep.configure(run, files, given[:1], search)
+    planning.configure(run, files, given[:1], search)
     assert config.macros()["TASK_FEATURE_LENGTHS"]["inputs"] == 32
-    sweep.configure(run, files, given, search)
+    planning.configure(run, files, given, search)
     macros = config.macros()
     assert macros["TASK_FEATURE_LENGTHS"]["inputs"] == 9
     assert macros["EVAL_BATCH_SIZE"] == 8 and macros["TRAIN_STEPS"] == 2
     # Of the lines only one sets the steps: another one may take them from the flag.
-    sweep.check_free(given[3:], LINES=spec.lines)
+    planning.check_free(given[3:], LINES=spec.lines)
 
 
 @pytest.mark.parametrize("points", [("-3", "-1"), ("0", "0.0"), ("0", "20")])
@@ -237,7 +239,7 @@ def test_a_malformed_sweep_is_one_sentence():
 def test_every_name_of_a_sweep_has_a_folder_of_its_own():
     for names in ({"a b": [], "a/b": []}, {1: [], "1": []}):
         with pytest.raises(ValueError, match="POINTS has the names .*which share the folder"):
-            sweep.settings_of("POINTS", names)
+            planning.settings_of("POINTS", names)
     with pytest.raises(ValueError, match=r"LINES has the name '\.\.', expected one that"):
-        sweep.settings_of("LINES", {"..": []})
-    assert list(sweep.settings_of("POINTS", {1: [], "": [], "1.5": []})) == ["1", "", "1.5"]
+        planning.settings_of("LINES", {"..": []})
+    assert list(planning.settings_of("POINTS", {1: [], "": [], "1.5": []})) == ["1", "", "1.5"]

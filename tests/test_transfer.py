@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from softprompt import sweep, transfer
+from softprompt import planning, transfer
 from softprompt.__main__ import main
 from softprompt.formats import native
 from softprompt.transfer import Figure
@@ -149,8 +149,8 @@ def test_a_prompt_is_evaluated_with_the_backbone_it_was_trained_with(tmp_path, m
 
     asked = []
     monkeypatch.setattr(
-        sweep, "do",
-        lambda run, binary: asked.append(config.macros()) or sweep.Outcome(run, 1.0, {"f": 1.0}, 1),
+        planning, "do",
+        lambda run, _: asked.append(config.macros()) or planning.Outcome(run, 1.0, {"f": 1.0}, 1),
     )  # fmt: skip
     config.parse(["models/t5_1_1_embedded.gin", "runs/prompt_finetune.gin"], complete=False)
     macros = config.macros()
@@ -159,7 +159,7 @@ def test_a_prompt_is_evaluated_with_the_backbone_it_was_trained_with(tmp_path, m
         for name in what:
             (folder / name).parent.mkdir(parents=True)
             (folder / name).touch()
-        transfer.evaluated(sweep.Run("m", "", "s", 0, [], folder), "t", "test", macros)
+        transfer.evaluated(planning.Run("m", "", "s", 0, [], folder), "t", "test", macros)
     alone, both = asked
     assert not alone["IGNORE_FINGERPRINT"] and both["IGNORE_FINGERPRINT"] is True
     assert both["INITIAL_CHECKPOINT_PATH"].endswith("2/backbone")
@@ -172,7 +172,7 @@ def test_a_run_stays_finished_in_a_larger_plan_alone():
         values = {"TRANSFER_DIR": "x", "MODEL_DIR": "m", "MIXTURE_OR_TASK_NAME": "squad"} | changed
         bindings = [(name, value) for name, value in values.items()]
         config.parse(["models/t5_1_1_embedded.gin", "runs/transfer.gin"], bindings)
-        return sweep.identity()
+        return planning.identity()
 
     plain = identity()
     methods = "{'a': ['a.gin', 'b.gin', 'c.gin', 'd.gin', 'e.gin', 'f.gin', 'g.gin'], 'b': ['c']}"
@@ -195,7 +195,7 @@ def test_what_was_trained_is_known_wherever_it_lies(tmp_path, tiny_folder):
             "INITIAL_CHECKPOINT_PATH": str(folder / "backbone"),
         }
         config.parse(transfer.EVAL_FILES, [(k, repr(v)) for k, v in settings.items()])
-        return sweep.identity()
+        return planning.identity()
 
     first, second = tmp_path / "first", tmp_path / "second"
     for folder in (first, second):
