@@ -1,8 +1,10 @@
 """What is evaluated on: a task's examples, its labels, and how predictions become figures."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -92,10 +94,11 @@ def from_task(
         say(f"{said}, which are left out: predictions and the targets' scores are judged")
     examples = data.from_task(task, split, feature_lengths)
     records = examples.records
-    targets = [
-        task.postprocess_fn(target_text(record, vocabulary), example=record, is_target=True)
-        for record in records
-    ]
+    with _own("the postprocessor", task):
+        targets = [
+            task.postprocess_fn(target_text(record, vocabulary), example=record, is_target=True)
+            for record in records
+        ]
 
     left_out: set[str] = set()
 
@@ -108,18 +111,23 @@ def from_task(
         return figures
 
     def judge(predictions: list[str]) -> Figures:
-        answers = [
-            task.postprocess_fn(text, example=record, is_target=False)
-            for text, record in zip(predictions, records, strict=True)
-        ]
-        found = [metric_fn(targets, answers) for metric_fn in task.predict_metric_fns]
-        of_object = functools.partial(_of_object, task, records, predictions, vocabulary)
-        return as_figures(found + [of_object(metric) for metric in objects[PREDICTION]])
+        with _own("the postprocessor", task):
+            answers = [
+                task.postprocess_fn(text, example=record, is_target=False)
+                for text, record in zip(predictions, records, strict=True)
+            ]
+        with _own("a metric", task):
+            found = [metric_fn(targets, answers) for metric_fn in task.predict_metric_fns]
+            of_object = functools.partial(_of_object, task, records, predictions, vocabulary)
+            found += [of_object(metric) for metric in objects[PREDICTION]]
+        return as_figures(found)
 
     def judge_scores(scores: np.ndarray) -> Figures:
-        found = [metric_fn(targets, scores) for metric_fn in task.score_metric_fns]
-        of_object = functools.partial(_of_object, task, records, scores, vocabulary)
-        return as_figures(found + [of_object(metric) for metric in objects[SCORE]])
+        with _own("a metric", task):
+            found = [metric_fn(targets, scores) for metric_fn in task.score_metric_fns]
+            of_object = functools.partial(_of_object, task, records, scores, vocabulary)
+            found += [of_object(metric) for metric in objects[SCORE]]
+        return as_figures(found)
 
     return EvalTask(
         examples,
@@ -127,6 +135,19 @@ def from_task(
         judge if predicted or not scored else None,
         judge_scores if scored else None,
     )
+
+
+@contextlib.contextmanager
+def _own(what: str, task: Any) -> Iterator[None]:
+    """Says which task's function failed, and where."""
+    try:
+        yield
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise ValueError(
+            f"{what} of the task {task.name} failed ({place.filename}, line {place.lineno}): "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def _metric_objects(task: Any) -> tuple[dict[str, list[Any]], list[str]]:

@@ -216,6 +216,21 @@ def test_what_is_no_number_is_left_out_and_named_once(make, capsys):
     assert said.count("left out") == 1
 
 
+def test_what_fails_in_a_tasks_own_functions_is_named_with_its_place(make, monkeypatch):
+    def broken(targets, predictions):
+        return {"found": 1 / len(targets[0][2:])}
+
+    task = make([broken])
+    line = broken.__code__.co_firstlineno + 1
+    said = rf"a metric of the task choices_\w+ failed \(.*test_eval_task.py, line {line}\): Zero"
+    with pytest.raises(ValueError, match=said):
+        task.figures(["a"] * 6)
+    monkeypatch.setitem(globals(), "right", lambda text, example, is_target: example["none"])
+    said = r"the postprocessor of the task \w+ failed \(.*line \d+\): KeyError: 'none'"
+    with pytest.raises(ValueError, match=said):
+        make([shouted])
+
+
 def test_a_task_without_metrics_is_predicted(make, tiny):
     task = make()
     assert evaluation.evaluate(evaluation.Predictor(tiny, 0), tiny.params, [task]) == {}
