@@ -398,7 +398,7 @@ def _train(runs: Sequence[_Run], backbone: Backbone) -> list[Outcome]:
             now = min(run.step for run in running)
             active = [run for run in running if run.step == now]
             for run in active:
-                meter.add(run.batch)
+                meter.add(run.batch, run.member.label_ids)
             for group in groups:
                 if any(run in active for run in group.runs):
                     group.step(active)

@@ -95,11 +95,17 @@ class Meter:
         self._began = time.perf_counter()
         self._tokens = self._flops = self._waited = 0.0
 
-    def add(self, batch: Mapping[str, np.ndarray]) -> None:
-        """Counts a batch of `encoder_ids` `[B, T]` and `targets` `[B, L]`, perhaps packed."""
-        lengths = example_lengths(batch)
-        self._tokens += sum(int(x.sum()) for x in lengths)
-        self._flops += self._passes * forward_flops(self._cfg, *lengths)
+    def add(self, batch: Mapping[str, np.ndarray], label_ids: np.ndarray | None = None) -> None:
+        """Counts a batch of `encoder_ids` `[B, T]` and `targets` `[B, L]`, perhaps packed.
+
+        Where the loss is among `label_ids` `[C, L]`, every example's decoder has all of these.
+        """
+        inputs, targets = example_lengths(batch)
+        self._tokens += int(inputs.sum() + targets.sum())
+        decoded = targets
+        if label_ids is not None:
+            decoded = np.where(inputs > 0, np.count_nonzero(label_ids), 0)
+        self._flops += self._passes * forward_flops(self._cfg, inputs, decoded)
 
     def wait(self, seconds: float) -> None:
         """Counts time in which the device waited for a batch."""

@@ -313,7 +313,7 @@ def fit(
                 break
             waited = stream.waited
             host_batch, batch = stream.next(state["step"])
-            meter.add(host_batch)
+            meter.add(host_batch, label_ids)
             meter.wait(stream.waited - waited)
             if module.cfg.dropout_rate:
                 key = train_step.step_key(seed, state["step"])

@@ -35,6 +35,15 @@ def test_padding_is_no_work():
     assert meter.read()["tokens_per_second"] == 0
 
 
+def test_a_loss_among_labels_decodes_all_of_them():
+    labels = np.array([[7, 1, 0], [8, 9, 1]])
+    meter = throughput.Meter(TINY, 2, 1)
+    meter.add({"encoder_ids": np.array([[5, 6, 0], [0] * 3]), "targets": np.zeros((2, 2))}, labels)
+    assert meter._tokens == 2
+    expected = throughput.forward_flops(TINY, np.array([2, 0]), np.array([5, 0]))
+    assert meter._flops == 2 * expected
+
+
 def test_packed_examples_count_as_they_would_alone():
     rows = {
         "encoder_ids": np.full((2, 6), 9),
