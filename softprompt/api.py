@@ -124,6 +124,8 @@ def read_pairs(
     from softprompt.tasks import records
 
     check_type("path", path, str | os.PathLike, "that of a JSON Lines, CSV or TSV file")
+    check_type("template", template, str, "a text with fields in braces")
+    check_type("target", target, str, "the name of a field")
     labels = None if labels is None else label_list(labels)
     return records.read_pairs(path, template, target, labels)
 

@@ -275,7 +275,7 @@ def train(
     origin: dict[str, Any] = {"initialisation": None}
     if prompt_length:
         source = prompt.Source(backbone.embedding(), vocabulary, class_labels[0], backbone)
-        initial = prompt_init(jax.random.key(seed), prompt_length, source)
+        initial = prompt.initial(prompt_init, seed, prompt_length, source)
         origin = source.origin
         deep = prompt.deep_rows(backbone, initial, prompt_depth)
     given, batch_size = batch_size, train_step.rows_for(batch_size, devices, microbatches)

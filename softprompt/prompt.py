@@ -15,6 +15,7 @@ import numpy as np
 from softprompt import partition, tree
 from softprompt.formats import prompts
 from softprompt.prompted import DEEP, PROMPT, PromptedT5, slots
+from softprompt.settings import check_type
 from softprompt.t5_config import T5Config
 from softprompt.vocabulary import Vocabulary
 
@@ -133,6 +134,16 @@ def file(
     return prompt
 
 
+def initial(init: Initializer, seed: int, length: int, source: Source) -> np.ndarray:
+    """What an initialiser gives for `source.backbone`: finite rows `[P, H]`, as float32."""
+    found = init(jax.random.key(seed), length, source)
+    name = f"what the initialiser {getattr(init, '__name__', init)!r} gives"
+    check_rows(name, found, None, source.backbone)
+    if len(found) != length:
+        raise ValueError(f"{name} has {len(found)} rows, expected {length}")
+    return np.asarray(found, np.float32)
+
+
 def layers_read(depth: int | str, cfg: T5Config) -> int:
     """D, the encoder layers that read the prompt anew; 'all' is every one."""
     layers = cfg.num_encoder_layers
@@ -159,13 +170,14 @@ def deep_rows(backbone: Any, array: np.ndarray, depth: int | str) -> np.ndarray 
     if depth == 1:
         return None
     module = PromptedT5(backbone.cfg, len(array))
-    bank = jax.device_put(array, partition.replicated(backbone.mesh))
+    whole = partition.replicated(backbone.mesh)
+    bank = jax.device_put(array, whole)
 
     def states(flat: tree.Flat, ids: np.ndarray) -> jax.Array:
         return module.apply({"params": tree.unflatten(flat)}, ids, method="layer_inputs")
 
     ids = slots(backbone.cfg.vocab_size, len(array))[None]
-    found = jax.jit(states)({**backbone.params, PROMPT: bank}, ids)
+    found = jax.jit(states, out_shardings=whole)({**backbone.params, PROMPT: bank}, ids)
     return np.asarray(found[: depth - 1, 0], np.float32)
 
 
@@ -201,6 +213,7 @@ class Prompt:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes a `.safetensors` file, atomically; another ending is an error."""
+        check_type("path", path, str | os.PathLike, "that of a .safetensors file")
         save(path, self.array, self.metadata, self.deep)
 
 

@@ -6,7 +6,6 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 import optax
 
@@ -201,7 +200,7 @@ def _tuning(
         validation_data = train_data
     init = prompt_init or (prompts.class_labels if labels else prompts.sampled_vocab)
     source = prompts.Source(backbone.embedding(), backbone.vocabulary, labels, backbone)
-    initial = init(jax.random.key(seed), prompt_length, source)
+    initial = prompts.initial(init, seed, prompt_length, source)
     deep = prompts.deep_rows(backbone, initial, prompt_depth)
     loss = loss or (eval_task.LABELS if labels else eval_task.TOKENS)
     label_ids = eval_task.training_labels(loss, [examples], [labels], backbone.vocabulary)
