@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import reprlib
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -94,11 +95,7 @@ def from_task(
         say(f"{said}, which are left out: predictions and the targets' scores are judged")
     examples = data.from_task(task, split, feature_lengths)
     records = examples.records
-    with _own("the postprocessor", task):
-        targets = [
-            task.postprocess_fn(target_text(record, vocabulary), example=record, is_target=True)
-            for record in records
-        ]
+    targets = [_postprocessed(task, target_text(r, vocabulary), r, True) for r in records]
 
     left_out: set[str] = set()
 
@@ -111,23 +108,18 @@ def from_task(
         return figures
 
     def judge(predictions: list[str]) -> Figures:
-        with _own("the postprocessor", task):
-            answers = [
-                task.postprocess_fn(text, example=record, is_target=False)
-                for text, record in zip(predictions, records, strict=True)
-            ]
-        with _own("a metric", task):
-            found = [metric_fn(targets, answers) for metric_fn in task.predict_metric_fns]
-            of_object = functools.partial(_of_object, task, records, predictions, vocabulary)
-            found += [of_object(metric) for metric in objects[PREDICTION]]
-        return as_figures(found)
+        answers = [
+            _postprocessed(task, text, record, False)
+            for text, record in zip(predictions, records, strict=True)
+        ]
+        found = [_of_function(task, f, targets, answers) for f in task.predict_metric_fns]
+        of_object = functools.partial(_of_object, task, records, predictions, vocabulary)
+        return as_figures(found + [of_object(metric) for metric in objects[PREDICTION]])
 
     def judge_scores(scores: np.ndarray) -> Figures:
-        with _own("a metric", task):
-            found = [metric_fn(targets, scores) for metric_fn in task.score_metric_fns]
-            of_object = functools.partial(_of_object, task, records, scores, vocabulary)
-            found += [of_object(metric) for metric in objects[SCORE]]
-        return as_figures(found)
+        found = [_of_function(task, f, targets, scores) for f in task.score_metric_fns]
+        of_object = functools.partial(_of_object, task, records, scores, vocabulary)
+        return as_figures(found + [of_object(metric) for metric in objects[SCORE]])
 
     return EvalTask(
         examples,
@@ -138,16 +130,40 @@ def from_task(
 
 
 @contextlib.contextmanager
-def _own(what: str, task: Any) -> Iterator[None]:
-    """Says which task's function failed, and where."""
+def _calling(function: Any, what: str) -> Iterator[None]:
+    """Says what failed, if calling a task's own function does, and at which of its lines."""
     try:
         yield
     except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
+        file = getattr(getattr(_plain(function), "__code__", None), "co_filename", None)
+        frames = traceback.extract_tb(error.__traceback__)
+        place = next((x for x in reversed(frames) if x.filename == file), frames[-1])
         raise ValueError(
-            f"{what} of the task {task.name} failed ({place.filename}, line {place.lineno}): "
-            f"{type(error).__name__}: {error}"
+            f"{what} failed ({place.filename}, line {place.lineno}): {type(error).__name__}: "
+            f"{error}"
         ) from error
+
+
+def _plain(function: Any) -> Any:
+    """A function without the arguments that are bound to it."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
+
+
+def _postprocessed(task: Any, text: str, record: Mapping[str, Any], is_target: bool) -> Any:
+    """What a task's postprocessor makes of a text."""
+    kind = "target" if is_target else "prediction"
+    what = f"the postprocessor of the task {task.name}, given the {kind} {reprlib.repr(text)},"
+    with _calling(task.postprocessor, what):
+        return task.postprocess_fn(text, example=record, is_target=is_target)
+
+
+def _of_function(task: Any, function: Any, targets: Sequence[Any], outputs: Any) -> Mapping:
+    """What a metric function makes of predictions or of scores."""
+    name = getattr(_plain(function), "__name__", function)
+    with _calling(function, f"the metric {name!r} of the task {task.name}"):
+        return function(targets, outputs)
 
 
 def _metric_objects(task: Any) -> tuple[dict[str, list[Any]], list[str]]:
@@ -177,8 +193,9 @@ def _of_object(
         rows = [np.array([*vocabulary.encode(text), EOS_ID], np.int32) for text in outputs]
         outputs = data.pad(rows, len(rows), max(map(len, rows)))
     features = task.output_features
-    found = metric.from_model_output(records, np.asarray(outputs), features)
-    return found.actual_compute(records, features)[0] if collects else found.compute()
+    with _calling(kind.from_model_output, f"the metric {kind.__name__!r} of the task {task.name}"):
+        found = metric.from_model_output(records, np.asarray(outputs), features)
+        return found.actual_compute(records, features)[0] if collects else found.compute()
 
 
 def _as_floats(found: Sequence[Mapping[str, Any]]) -> tuple[Figures, dict[str, str]]:

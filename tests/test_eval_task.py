@@ -218,17 +218,31 @@ def test_what_is_no_number_is_left_out_and_named_once(make, capsys):
 
 def test_what_fails_in_a_tasks_own_functions_is_named_with_its_place(make, monkeypatch):
     def broken(targets, predictions):
-        return {"found": 1 / len(targets[0][2:])}
+        return {"found": json.loads(predictions[0])}  # Fails within a library.
 
-    task = make([broken])
+    def asked(text, example, is_target):
+        return example["none"] if is_target else text
+
+    file = r"\(.*test_eval_task.py, line "
+    task = make([functools.partial(broken)])
     line = broken.__code__.co_firstlineno + 1
-    said = rf"a metric of the task choices_\w+ failed \(.*test_eval_task.py, line {line}\): Zero"
+    said = rf"the metric 'broken' of the task choices_\w+ failed {file}{line}\): JSONDecodeError"
     with pytest.raises(ValueError, match=said):
         task.figures(["a"] * 6)
-    monkeypatch.setitem(globals(), "right", lambda text, example, is_target: example["none"])
-    said = r"the postprocessor of the task \w+ failed \(.*line \d+\): KeyError: 'none'"
+    monkeypatch.setitem(globals(), "right", functools.partial(asked))
+    said = rf"the postprocessor of the task \w+, given the target '.+', failed {file}\d+\): KeyErr"
     with pytest.raises(ValueError, match=said):
         make([shouted])
+
+
+def test_a_metric_object_that_fails_is_named(make):
+    class Broken(Tokens):
+        def compute(self):
+            return 1 / 0
+
+    task = make(metric_objs=[Broken])
+    with pytest.raises(ValueError, match=r"the metric 'Broken' of the task .* ZeroDivisionError"):
+        task.figures(["a"] * 6)
 
 
 def test_a_task_without_metrics_is_predicted(make, tiny):
