@@ -143,7 +143,7 @@ class Ours:
         self.encode = jax.jit(lambda flat, ids: decode.encode(module, params(flat), ids))
         self.greedy = jax.jit(
             lambda flat, encoded: decode.greedy(module, params(flat), encoded, length),
-            compiler_options=xla.loop_options(),
+            compiler_options=xla.loop_options(cfg.dtype),
         )
         self.score = jax.jit(
             lambda flat, ids, labels: decode.score_labels(module, params(flat), ids, labels)
@@ -206,8 +206,7 @@ class Ours:
             self.state = self.step(self.state, self.frozen, batch)
             self.jax.block_until_ready(self.state)
         elif case == "decode":
-            encoded = self.encode(self.frozen, batch["encoder_ids"])
-            np.asarray(self.greedy(self.frozen, encoded))
+            np.asarray(self.greedy(self.frozen, self.encode(self.frozen, batch["encoder_ids"])))
         else:
             np.asarray(self.score(self.frozen, batch["encoder_ids"], self._labels(batch)))
 

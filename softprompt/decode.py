@@ -30,7 +30,7 @@ class Encoded(NamedTuple):
 
 
 def encode(module: PromptedT5, params: Params, encoder_ids: Array) -> Encoded:
-    """What the functions below decode from, of rows `[B, T]` of ids and prompt slots."""
+    """What `greedy`, `sample` and `beam` start from, of rows `[B, T]` of ids and prompt slots."""
     return Encoded(*module.apply({"params": params}, encoder_ids, method="encode"))
 
 

@@ -101,14 +101,18 @@ class Predictor:
 
         # Every process gets every row's result.
         jit = functools.partial(jax.jit, out_shardings=partition.replicated(backbone.mesh))
-        self._encode = jax.jit(lambda flat, ids: decode.encode(module, tree.unflatten(flat), ids))
-        self._generate = jit(generate, compiler_options=xla.loop_options())
-        self._generate_scored = jit(generate_scored, compiler_options=xla.loop_options())
+        self._rows = partition.batch_sharding(backbone.mesh)
+        self._encode = jax.jit(
+            lambda flat, ids: decode.encode(module, tree.unflatten(flat), ids),
+            out_shardings=self._rows,
+        )
+        options = xla.loop_options(backbone.cfg.dtype)
+        self._generate = jit(generate, compiler_options=options)
+        self._generate_scored = jit(generate_scored, compiler_options=options)
         self._score = jit(
             lambda flat, ids, labels: decode.score_labels(module, tree.unflatten(flat), ids, labels)
         )
         self._losses = jit(functools.partial(_row_losses, module))
-        self._rows = partition.batch_sharding(backbone.mesh)
 
     def _batches(self, examples: data.Examples, which: Sequence[int] | None = None):
         if which is None and len(self.slots) > 1:
@@ -144,8 +148,9 @@ class Predictor:
         numbers = np.asarray(range(len(examples)) if numbers is None else numbers, np.int32)
         for indices, batch in self._batches(examples, which):
             of_rows = self._of_rows(numbers[indices], batch)
-            encoded = self._encode(flat, batch["encoder_ids"])
-            ids = np.asarray(self._generate(flat, encoded, of_rows))
+            # The encoder's output, which no name keeps, is gone before the next batch's is there.
+            found = self._generate(flat, self._encode(flat, batch["encoder_ids"]), of_rows)
+            ids = np.asarray(found)
             for i, row in zip(indices, ids, strict=False):
                 texts[i] = self._text(row)
         return texts
@@ -161,8 +166,8 @@ class Predictor:
         """Greedy strings, and the log-likelihood `[examples]` of each in nats."""
         texts, scores = [""] * len(examples), np.zeros(len(examples), np.float32)
         for indices, batch in self._batches(examples, which):
-            encoded = self._encode(flat, batch["encoder_ids"])
-            ids, found = map(np.asarray, self._generate_scored(flat, encoded))
+            made = self._generate_scored(flat, self._encode(flat, batch["encoder_ids"]))
+            ids, found = map(np.asarray, made)
             scores[indices] = found[: len(indices)]
             for i, row in zip(indices, ids, strict=False):
                 texts[i] = self._text(row)

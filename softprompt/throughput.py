@@ -98,7 +98,8 @@ class Meter:
     def add(self, batch: Mapping[str, np.ndarray], label_ids: np.ndarray | None = None) -> None:
         """Counts a batch of `encoder_ids` `[B, T]` and `targets` `[B, L]`, perhaps packed.
 
-        Where the loss is among `label_ids` `[C, L]`, every example's decoder has all of these.
+        Where the loss is among `label_ids` `[C, L]`, every example's decoder has all of these, and
+        the attention of one to another, which is masked, counts too; tokens are the targets' alone.
         """
         inputs, targets = example_lengths(batch)
         self._tokens += int(inputs.sum() + targets.sum())

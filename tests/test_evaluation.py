@@ -9,7 +9,7 @@ from conftest import TINY
 
 import softprompt
 from softprompt import backbone as backbones
-from softprompt import data, evaluation, partition, prompt, train
+from softprompt import data, eval_task, evaluation, partition, prompt, throughput, train
 
 PAIRS = [("a fine film", "positive"), ("a dull film", "negative")]
 TEXTS = [f"a text of {'some ' * n}words" for n in (1, 4, 2, 7, 3, 1, 5)]
@@ -159,6 +159,9 @@ def zeros(count=3, width=SMALL.emb_dim):
     (lambda b: softprompt.generate(b, 3), "texts is 3, expected a list of texts"),
     (lambda b: softprompt.load_prompt(3), "path is 3, expected that of a prompt"),
     (lambda b: softprompt.read_pairs(3), "path is 3, expected that of a JSON Lines"),
+    (lambda b: softprompt.read_pairs("a.csv", 3), "template is 3, expected a text with fields"),
+    (lambda b: softprompt.read_pairs("a.csv", target=0), "target is 0, expected the name of"),
+    (lambda b: softprompt.Prompt(np.zeros((1, 2)), {}).save(3), "path is 3, expected that of a .s"),
     *(
         (lambda b, x=x: softprompt.tune_many(b, x, train_data=PAIRS), "members is .*, expected a l")
         for x in ("abc", {"seed": 1}, [None], 3, [{3: 1}])
@@ -167,6 +170,10 @@ def zeros(count=3, width=SMALL.emb_dim):
     (lambda b: softprompt.tune(b, PAIRS, model_dir=3), "model_dir is 3, expected a path or None"),
     (lambda b: softprompt.tune(b, PAIRS, prompt_init="random"), "prompt_init is 'random', exp"),
     (lambda b: softprompt.tune_many(b, [{"prompt_init": 3}], train_data=PAIRS), "prompt_init is 3"),
+    (lambda b: softprompt.tune(b, PAIRS, prompt_init=lambda _, n, source: np.zeros((n, 3))),
+     r"what the initialiser '<lambda>' gives has shape \(\d+, 3\), expected \(P, \d+\)"),
+    (lambda b: softprompt.tune(b, PAIRS, prompt_init=lambda _, n, source: source.embedding[:n - 1]),
+     r"what the initialiser '<lambda>' gives has \d+ rows, expected \d+"),
     (lambda b: softprompt.tune(b, PAIRS, reparameterisation=True), "reparameterisation is True, e"),
 ])  # fmt: skip
 @pytest.mark.filterwarnings("ignore:invalid value")
@@ -290,8 +297,15 @@ def test_an_ensemble_of_the_python_api_votes(tiny):
     assert set(chosen) <= set(LABELS[0]) and (votes.agreement(chosen) >= 2 / 3).all()
 
 
-def test_many_prompts_are_tuned_as_each_is_alone(tiny, pairs, tmp_path):
+def test_many_prompts_are_tuned_as_each_is_alone(tiny, pairs, tmp_path, monkeypatch):
     backbone = tiny
+    add, counted = throughput.Meter.add, []
+
+    def keep(meter, batch, label_ids=None):
+        counted.append(label_ids)
+        add(meter, batch, label_ids)
+
+    monkeypatch.setattr(throughput.Meter, "add", keep)
     settings = dict(
         train_data=pairs, validation_data=pairs, labels=["positive", "negative"], train_steps=2,
         batch_size=4, lengths={"inputs": 16, "targets": 8},
@@ -299,6 +313,9 @@ def test_many_prompts_are_tuned_as_each_is_alone(tiny, pairs, tmp_path):
     members = [{"prompt_length": 3}, {"seed": 1, "prompt_length": 5, "name": "longer"}]
     found = softprompt.tune_many(backbone, members, tmp_path, **settings)
     one = softprompt.tune(backbone, seed=1, prompt_length=5, **settings)
+    # Two steps of two members and of one run, all by the loss among the same labels.
+    expected = eval_task.encode_labels(["positive", "negative"], backbone.vocabulary)
+    assert len(counted) == 6 and all(np.array_equal(x, expected) for x in counted)
     np.testing.assert_allclose(found[1].array, one.array, atol=2e-5)
     assert found[0].array.shape == (3, 24) and found[0].metadata["status"] == "finished"
     assert {**found[1].metadata, "status": None} == {**one.metadata, "status": None}

@@ -58,6 +58,11 @@ def test_packed_examples_count_as_they_would_alone():
     alone = np.array([[3, 1], [2, 2], [2, 1], [1, 1], [3, 1]]).T
     assert meter._tokens == alone.sum()
     assert meter._flops == pytest.approx(2 * throughput.forward_flops(TINY, *alone))
+    meter.restart()
+    meter.add(rows, np.array([[7, 1, 0], [8, 9, 1]]))
+    assert meter._tokens == alone.sum()
+    alone[1] = 5
+    assert meter._flops == pytest.approx(2 * throughput.forward_flops(TINY, *alone))
 
 
 def test_a_cpu_that_is_split_into_devices_counts_once(monkeypatch):
