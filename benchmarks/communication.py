@@ -150,7 +150,7 @@ def main() -> None:
     depth = cfg.num_encoder_layers
     batch = args.batch_size or 4 * args.devices
     shape = (args.prompt_length, batch, args.inputs, args.targets)
-    # Traced as for an accelerator: on a CPU bfloat16 products are float32 (`products._einsum`).
+    # Traced as for an accelerator: on a CPU bfloat16 products are float32 (`products.einsum`).
     products.platform = lambda: "tpu"
     for model in args.model:
         mesh = partition.make_mesh(model=model, among=devices)

@@ -18,7 +18,7 @@ def platform() -> str:
     return getattr(device, "platform", device) or jax.default_backend()
 
 
-def _einsum(spec: str, x: Array, y: Array, dtype: Any) -> Array:
+def einsum(spec: str, x: Array, y: Array, dtype: Any) -> Array:
     """`jnp.einsum(spec, x, y)`, accumulated in float32 and returned as `dtype`.
 
     XLA's CPU backend has kernels for bfloat16 operands (AVX512-BF16, AMX: twice as fast as
@@ -48,12 +48,12 @@ def _leading(first: list[str], axes: str) -> str:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def product(spec: str, x: Array, y: Array, dtype: Any) -> Array:
-    """`_einsum` whose gradients are products in the operands' own type."""
-    return _einsum(spec, x, y, dtype)
+    """`einsum` whose gradients are products in the operands' own type."""
+    return einsum(spec, x, y, dtype)
 
 
 def _product_forward(spec, x, y, dtype):
-    return _einsum(spec, x, y, dtype), (x, y)
+    return einsum(spec, x, y, dtype), (x, y)
 
 
 def _product_backward(spec, dtype, operands, grad):
@@ -63,8 +63,8 @@ def _product_backward(spec, dtype, operands, grad):
     of_x, of_y = inputs.split(",")
     grad = grad.astype(x.dtype)
     return (
-        _einsum(f"{out},{of_y}->{of_x}", grad, y, x.dtype),
-        _einsum(f"{of_x},{out}->{of_y}", x, grad, y.dtype),
+        einsum(f"{out},{of_y}->{of_x}", grad, y, x.dtype),
+        einsum(f"{of_x},{out}->{of_y}", x, grad, y.dtype),
     )
 
 
@@ -80,7 +80,7 @@ def int8_product(spec: str, x: Array, values: Array, scale: Array, dtype: Any) -
     keeps them through the backward pass or a whole loop.
     """
     x, values = jax.lax.optimization_barrier((x, values))
-    y = _einsum(spec, x, values.astype(x.dtype), jnp.float32)
+    y = einsum(spec, x, values.astype(x.dtype), jnp.float32)
     return (y * scale).astype(dtype)
 
 
@@ -113,7 +113,7 @@ def _int8_product_backward(spec, dtype, saved, grad):
     grad, values = jax.lax.optimization_barrier((grad, values))
     values = _own_copy(values, grad)
     grad = (grad.astype(jnp.float32) * scale).astype(like.dtype)
-    back = _einsum(f"{out},{of_y}->{of_x}", grad, values.astype(like.dtype), like.dtype)
+    back = einsum(f"{out},{of_y}->{of_x}", grad, values.astype(like.dtype), like.dtype)
     return back, None, None
 
 

@@ -90,14 +90,16 @@ class PromptedT5(nn.Module):
         dropout_masks: Masks | None = None,
     ) -> tuple[Array, Array]:
         """Encoder output `[B, T, H]` and segments `[B, T]` for ids `[B, T]` (0 is padding)."""
-        if encoder_segments is None:
+        packed = encoder_segments is not None
+        if not packed:
             encoder_segments = (encoder_ids > 0).astype(jnp.int32)
         x = self.t5.embed(encoder_ids)
         before = None
         if self.rows:
             x = self.prompt(x, encoder_ids, self.cfg.vocab_size)
             before = self.prompt.before(encoder_ids, self.cfg.vocab_size)
-        return self.t5.encode(x, encoder_segments, dropout_masks, before), encoder_segments
+        encoded = self.t5.encode(x, encoder_segments, dropout_masks, before, packed)
+        return encoded, encoder_segments
 
     def layer_inputs(self, encoder_ids: Array) -> Array:
         """What every encoder layer but the first reads, `[layers - 1, B, T, H]`."""
@@ -109,7 +111,7 @@ class PromptedT5(nn.Module):
             return x
 
         x = self.prompt(self.t5.embed(encoder_ids), encoder_ids, self.cfg.vocab_size)
-        self.t5.encode(x, (encoder_ids > 0).astype(jnp.int32), before=keep)
+        self.t5.encode(x, (encoder_ids > 0).astype(jnp.int32), before=keep, packed=False)
         return jnp.stack(found)
 
     def __call__(

@@ -19,6 +19,7 @@ from softprompt import dropout
 from softprompt.dropout import Masks, drop
 from softprompt.int8 import SCALE
 from softprompt.products import int8_product
+from softprompt.segments import Segmented, suit
 from softprompt.t5_config import T5Config
 from softprompt.t5_layers import (
     KV,
@@ -91,17 +92,23 @@ class Encoder(nn.Module):
     def __call__(
         self,
         x: Array,
-        mask: Array,
+        segments: Array,
+        packed: bool,
         dropout_masks: Masks | None = None,
         before: Before | None = None,
     ) -> Array:
-        """`x` `[B, T, H]`, `mask` broadcastable to `[B, 1, T, T]`, True where attention may go.
+        """`x` `[B, T, H]` with `segments` `[B, T]`; `packed`: see `T5.encode`.
 
         `dropout_masks`: see `dropout.draw`. `before(i, x)` gives what layer i > 0 is to read in
         place of `x`.
         """
         positions = jnp.arange(x.shape[1])
-        bias = self.relpos_bias(positions, positions) + _where_not(mask, self.cfg.dtype)
+        bias = self.relpos_bias(positions, positions)
+        if packed and suit(x, self.cfg.num_heads):
+            bias = Segmented.of(bias[0], segments)
+        else:
+            mask = (segments[:, :, None] == segments[:, None, :]) & (segments[:, None, :] > 0)
+            bias = bias + _where_not(mask[:, None], self.cfg.dtype)
         rate = self.cfg.dropout_rate
         ends, *kept = dropout.of_encoder(dropout_masks, self.cfg, x.shape[1])
         x = drop(x, ends.attended, rate)
@@ -191,14 +198,15 @@ class T5(nn.Module):
         segments: Array,
         dropout_masks: Masks | None = None,
         before: Before | None = None,
+        packed: bool = True,
     ) -> Array:
         """`[B, T, H]` for embeddings `[B, T, H]`; `dropout_masks`, `before`: see `Encoder`.
 
         `segments` `[B, T]` numbers the examples of a row from 1; 0 is padding. Attention stays
-        within a segment, and T5's bias needs only differences of positions.
+        within a segment, and T5's bias needs only differences of positions. Rows that are not
+        `packed` hold an example each: less is compiled for them.
         """
-        mask = (segments[:, :, None] == segments[:, None, :]) & (segments[:, None, :] > 0)
-        return self.encoder(x, mask[:, None], dropout_masks, before)
+        return self.encoder(x, segments, packed, dropout_masks, before)
 
     def decode(
         self,

@@ -14,9 +14,11 @@ from flax import linen as nn
 from flax.linen import partitioning
 from jax.ad_checkpoint import checkpoint_name
 
+from softprompt import segments
 from softprompt.dropout import Kept, drop
 from softprompt.int8 import SCALE
 from softprompt.products import Matrix, divide, exponentials, multiply, product
+from softprompt.segments import Segmented
 from softprompt.t5_config import REMAT, T5Config
 
 Array = jax.Array
@@ -133,7 +135,7 @@ class Attention(nn.Module):
         return Direct(x, x.swapaxes(1, 2), key, (value.swapaxes(1, 2), scale))
 
     def __call__(
-        self, x: Array, source: KV | Direct, bias: Array, kept: Array | None = None
+        self, x: Array, source: KV | Direct, bias: Array | Segmented, kept: Array | None = None
     ) -> Array:
         """Attends from `x` `[B, Q, H]` to `source`; `bias` broadcasts to `[B, A, Q, S]`.
 
@@ -141,6 +143,12 @@ class Attention(nn.Module):
         """
         cfg = self.cfg
         query = self._heads(self.query(x))
+        if isinstance(source, KV):
+            # One mask for all queries may as well fall on the values.
+            turned = None if kept is None else kept.swapaxes(2, 3)
+            value = drop(source.value, turned, cfg.dropout_rate)
+        if isinstance(bias, Segmented):
+            return self._joined(segments.attend(query, source.key, value, bias))
         # Logits and softmax in float32 whatever the activations are.
         if isinstance(source, Direct):
             kernel, scale = source.key
@@ -158,10 +166,11 @@ class Attention(nn.Module):
             y = divide(product("baqs,bsh->baqh", weights, source.x, jnp.float32), total, cfg.dtype)
             y = multiply("baqh,adh->baqd", y, source.value, cfg.dtype)
         else:
-            # One mask for all queries may as well fall on the values.
-            kept = None if kept is None else kept.swapaxes(2, 3)
-            value = drop(source.value, kept, cfg.dropout_rate)
             y = divide(product("baqs,basd->baqd", weights, value, jnp.float32), total, cfg.dtype)
+        return self._joined(y)
+
+    def _joined(self, y: Array) -> Array:
+        """`[B, Q, H]` of what the heads got, `[B, A, Q, D]`."""
         y = y.swapaxes(1, 2)
         return self.out(y.reshape(*y.shape[:-2], -1))
 
@@ -259,7 +268,7 @@ class EncoderLayer(nn.Module):
         self.pre_mlp_layer_norm = LayerNorm(cfg.dtype)
         self.mlp = Mlp(cfg)
 
-    def whole(self, x: Array, bias: Array, kept: Kept) -> Array:
+    def whole(self, x: Array, bias: Array | Segmented, kept: Kept) -> Array:
         rate = self.cfg.dropout_rate
         y = self.pre_attention_layer_norm(x)
         y = self.attention(y, self.attention.keys_values(y), bias, kept.weights)

@@ -29,6 +29,7 @@ from softprompt import (
     partition,
     prompt,
     prompted,
+    segments,
     selection,
     train,
     train_step,
@@ -607,8 +608,14 @@ def test_dropout_and_half_precision_train_the_prompt_in_float32(vocabulary, pair
 # --- packing ------------------------------------------------------------------------------------
 
 
-def test_packed_examples_have_the_loss_and_gradient_of_unpacked_ones(tiny, pairs):
+@pytest.mark.parametrize("long", [1, 256], ids=["by segment", "whole"])
+def test_packed_examples_have_the_loss_and_gradient_of_unpacked_ones(
+    tiny, pairs, monkeypatch, long
+):
     """Also with two different prompts in one row, an example of each."""
+    monkeypatch.setattr(segments, "LONG", long)
+    took = []
+    monkeypatch.setattr(segments, "attend", lambda *x, of=segments.attend: took.append(x) or of(*x))
     examples = data.from_pairs(pairs, tiny.vocabulary, {"inputs": 16, "targets": 8})
     bank = np.random.default_rng(5).normal(size=(10, tiny.cfg.emb_dim)).astype(np.float32)
     module = PromptedT5(tiny.cfg, 10)
@@ -640,6 +647,7 @@ def test_packed_examples_have_the_loss_and_gradient_of_unpacked_ones(tiny, pairs
     with jax.default_matmul_precision("highest"):
         separate = [jax.value_and_grad(loss)(bank, x) for x in alone]
         total, gradient = jax.value_and_grad(loss)(bank, row)
+    assert bool(took) == (long == 1)
     np.testing.assert_allclose(total, sum(x for x, _ in separate), rtol=1e-5)
     np.testing.assert_allclose(gradient, sum(g for _, g in separate), atol=1e-5)
     assert np.abs(gradient).max() > 1e-2
