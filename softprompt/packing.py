@@ -10,7 +10,8 @@ import numpy as np
 from softprompt import data
 from softprompt.logbook import track
 
-# A row of this share of tokens is full enough; longer ones cost more attention than they save.
+# A row of this share of tokens is full enough; longer ones cost more attention than they save
+# (but on a CPU: see `segments`).
 FULL = 0.92
 
 

@@ -14,17 +14,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
-from softprompt import partition
-from softprompt.products import divide, einsum, exponentials, platform, product
+from softprompt import partition, products
+from softprompt.products import divide, einsum, exponentials, product
 
 Array = jax.Array
 # Shorter rows are as fast as a whole.
 LONG = 256
-# Parts of a row that segments are rounded up to, each compiled by itself: the set of four that
+# Shares of a row that segments are rounded up to, each compiled by itself: the set of four that
 # costs least for SuperGLUE's tasks in the rows of `packing.row_length`, with a prompt of 100.
-PARTS = (0.33, 0.48, 0.6, 1.0)
+SHARES = (0.33, 0.48, 0.6, 1.0)
 
 
 class Segmented(NamedTuple):
@@ -44,15 +45,27 @@ class Segmented(NamedTuple):
         return cls(bias, segments, jnp.where(begins, last - place + 1, 0))
 
 
-def suit(x: Array, heads: int) -> bool:
+def suits(x: Array, heads: int) -> bool:
     """Whether attention within segments of packed rows `x` `[B, T, H]` is faster one by one.
 
-    Of a segment at a time only the heads can be shared out among a device's threads.
+    A segment's products are shared out among a device's threads by its heads alone. Hosts may have
+    other processors each, and must run one program: of several none does.
     """
-    if platform() != "cpu" or x.shape[1] < LONG:
+    if products.platform() != "cpu" or x.shape[1] < LONG or jax.process_count() > 1:
         return False
-    threads = -(-(os.cpu_count() or 1) // jax.local_device_count())
-    return threads <= heads and _axes(jax.typeof(x).sharding.mesh, x.shape[0], heads) is not None
+    mesh = jax.typeof(x).sharding.mesh
+    axes = _axes(mesh, x.shape[0], heads)
+    if axes is None:
+        return False
+    own = heads // (mesh.shape[axes[1]] if axes[1] else 1)
+    return -(-_cores() // jax.local_device_count()) <= own
+
+
+def _cores() -> int:
+    """Those that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _axes(mesh: Any, rows: int, heads: int) -> tuple[str | None, str | None] | None:
@@ -60,32 +73,33 @@ def _axes(mesh: Any, rows: int, heads: int) -> tuple[str | None, str | None] | N
     if mesh.empty:  # Of several devices, nothing says which one holds what.
         return (None, None) if jax.device_count() == 1 else None
     data, model = partition.spec(("batch", "joined_kv"))
-    if not {data, model} <= set(mesh.axis_names) or rows % mesh.shape[data]:
+    named = {data, model} <= set(mesh.axis_names)
+    if not named or rows % mesh.shape[data] or heads % mesh.shape[model]:
         return None
-    return data, None if heads % mesh.shape[model] else model
+    return data, model
 
 
 def _sizes(length: int) -> tuple[int, ...]:
     """What segments of rows of `length` are rounded up to, shortest first."""
-    return tuple(sorted({min(length, -(-int(length * part) // 16) * 16) for part in PARTS}))
+    return tuple(sorted({min(length, -(-int(length * share) // 16) * 16) for share in SHARES}))
 
 
-def attend(query: Array, key: Array, value: Array, where: Segmented) -> Array:
+def attend(query: Array, key: Array, value: Array, segmented: Segmented) -> Array:
     """What each position gets, `[B, A, T, D]`, for queries, keys and values of that shape.
 
-    Positions of no segment get zeros.
+    Positions of no segment get zeros. For rows that `suits` says yes to.
     """
     # Positions first: what is cut out of a row then lies together.
     operands = (x.swapaxes(1, 2) for x in (query, key, value))
-    return _attend(*operands, where).swapaxes(1, 2)
+    return _attend(*operands, segmented).swapaxes(1, 2)
 
 
 @jax.custom_vjp
-def _attend(query, key, value, where):
-    return _forward(query, key, value, where)[0]
+def _attend(query, key, value, segmented):
+    return _forward(query, key, value, segmented)[0]
 
 
-def _forward(query, key, value, where):
+def _forward(query, key, value, segmented):
     """What positions get, and the logarithm of their softmax's denominator, `[B, T, A]`."""
     dtype = query.dtype
 
@@ -98,23 +112,27 @@ def _forward(query, key, value, where):
         return (y / total[..., None]).astype(dtype), top + jnp.log(total)
 
     results = (query, jax.ShapeDtypeStruct(query.shape[:-1], jnp.float32))
-    return _of_segments(of_segment, results, where, query, key, value)
+    return _of_segments(of_segment, results, segmented, query, key, value)
 
 
 def _attend_forward(*given):
-    query, key, value, where = jax.tree.map(lambda x: x.value, given)
+    query, key, value, segmented = jax.tree.map(lambda x: x.value, given)
     if given[3].bias.perturbed:  # Where the backbone itself is trained.
-        y, back = jax.vjp(functools.partial(_whole, where.segments), query, key, value, where.bias)
-        return y, (back, where)
-    y, log_total = _forward(query, key, value, where)
-    return y, (query, key, value, y, log_total, where)
+        whole = functools.partial(_whole, segmented.segments)
+        y, back = jax.vjp(whole, query, key, value, segmented.bias)
+        return y, (back, None)
+    y, log_total = _forward(query, key, value, segmented)
+    return y, (None, (query, key, value, y, log_total, segmented))
 
 
 def _attend_backward(saved, grad):
-    if len(saved) == 2:
-        *grads, of_bias = saved[0](grad)
+    back, kept = saved
+    if isinstance(grad, SymbolicZero):
+        return (None,) * 4
+    if back is not None:
+        *grads, of_bias = back(grad)
         return *grads, Segmented(of_bias, None, None)
-    query, key, value, y, log_total, where = saved
+    query, key, value, y, log_total, segmented = kept
     dtype = query.dtype
 
     def of_segment(only, bias, query, key, value, y, log_total, grad):
@@ -132,8 +150,8 @@ def _attend_backward(saved, grad):
         )
 
     operands = query, key, value, y, log_total, grad
-    where = where._replace(bias=where.bias.swapaxes(1, 2))
-    grads = _of_segments(of_segment, (query, key, value), where, *operands)
+    segmented = segmented._replace(bias=segmented.bias.swapaxes(1, 2))
+    grads = _of_segments(of_segment, (query, key, value), segmented, *operands)
     return *grads, None
 
 
@@ -155,7 +173,7 @@ def _whole(segments: Array, query: Array, key: Array, value: Array, bias: Array)
 def _of_segments(
     of_segment: Callable[..., Sequence[Array]],
     results: Sequence[Any],
-    where: Segmented,
+    segmented: Segmented,
     *operands: Array,
 ) -> list[Array]:
     """`of_segment` of every segment, in arrays `[B, T, A, …]` of the shapes of `results`.
@@ -167,13 +185,13 @@ def _of_segments(
     shapes = [(x.shape[3:], x.dtype) for x in results]
 
     @custom_vmap
-    def rows(where, *operands):
-        return _of_rows(of_segment, shapes, where, operands)
+    def rows(segmented, *operands):
+        return _of_rows(of_segment, shapes, segmented, operands)
 
     @rows.def_vmap
     def more_rows(count, batched, *given):
         """Of a further leading axis, of which vmap makes one: as many times the rows."""
-        where, *operands = given
+        segmented, *operands = given
         if batched[0].bias:
             raise NotImplementedError("a bias for each of many models")
 
@@ -181,40 +199,42 @@ def _of_segments(
             x = x if has else jnp.broadcast_to(x, (count, *x.shape))
             return x.reshape(-1, *x.shape[2:])
 
-        of_rows = jax.tree.map(merged, (where[1:], operands), (batched[0][1:], list(batched[1:])))
-        found = rows(Segmented(where.bias, *of_rows[0]), *of_rows[1])
+        of_rows = jax.tree.map(
+            merged, (segmented[1:], operands), (batched[0][1:], list(batched[1:]))
+        )
+        found = rows(Segmented(segmented.bias, *of_rows[0]), *of_rows[1])
         return [x.reshape(count, -1, *x.shape[1:]) for x in found], [True] * len(found)
 
     mesh = jax.typeof(operands[0]).sharding.mesh
     if mesh.empty:
-        return rows(where, *operands)
+        return rows(segmented, *operands)
     rows_on, heads_on = _axes(mesh, operands[0].shape[0], operands[0].shape[2])
     own, row = PartitionSpec(rows_on, None, heads_on), PartitionSpec(rows_on)
     places = (Segmented(PartitionSpec(heads_on), row, row), *[own] * len(operands))
     share = jax.shard_map(
         rows, mesh=mesh, in_specs=places, out_specs=[own] * len(results), check_vma=False
     )
-    return share(where, *operands)
+    return share(segmented, *operands)
 
 
-def _of_rows(of_segment, shapes, where: Segmented, operands: Sequence[Array]) -> list[Array]:
+def _of_rows(of_segment, shapes, segmented: Segmented, operands: Sequence[Array]) -> list[Array]:
     """`_of_segments` of the rows and heads that a device has: those of one size, then the next."""
     count, length, heads = operands[0].shape[:3]
     results = [jnp.zeros((count, length, heads, *rest), dtype) for rest, dtype in shapes]
     # Unsigned: what is cut out at a signed index is compiled for negative ones too.
     places = jnp.arange(count * length, dtype=jnp.uint32)
-    extents, shorter = where.extents.reshape(-1), 0
+    extents, shorter = segmented.extents.reshape(-1), 0
     for size in _sizes(length):
         begins = (shorter < extents) & (extents <= size)
         order = jnp.sort(jnp.where(begins, places, len(places)))
-        results = _of_size(of_segment, size, order, begins.sum(), where, operands, results)
+        results = _of_size(of_segment, size, order, begins.sum(), segmented, operands, results)
         shorter = size
     return results
 
 
-def _of_size(of_segment, size, order, count, where: Segmented, operands, results) -> list[Array]:
+def _of_size(of_segment, size, order, count, segmented: Segmented, operands, results):
     """`results` with those of the `count` segments of a size, which begin at the places `order`."""
-    length = where.segments.shape[1]
+    length = segmented.segments.shape[1]
 
     def part(x, row, start):
         at = (row, start, *[jnp.uint32(0)] * (x.ndim - 2))
@@ -227,8 +247,8 @@ def _of_size(of_segment, size, order, count, where: Segmented, operands, results
         """
         row, first = jnp.divmod(jax.lax.dynamic_index_in_dim(order, i, keepdims=False), length)
         start = jnp.minimum(first, length - size)
-        number = jax.lax.dynamic_slice(where.segments, (row, first), (1, 1))
-        only = jnp.where(part(where.segments, row, start) == number[0], 0.0, -jnp.inf)
+        number = jax.lax.dynamic_slice(segmented.segments, (row, first), (1, 1))
+        only = jnp.where(part(segmented.segments, row, start) == number[0], 0.0, -jnp.inf)
         return i, row, start, only, [part(x, row, start).T for x in operands if x.ndim == 3]
 
     def one(carry):
@@ -238,7 +258,7 @@ def _of_size(of_segment, size, order, count, where: Segmented, operands, results
         parts = [
             next(narrow) if x.ndim == 3 else part(x, row, start).swapaxes(0, 1) for x in operands
         ]
-        found = of_segment(only, where.bias[:, :size, :size], *parts)
+        found = of_segment(only, segmented.bias[:, :size, :size], *parts)
 
         def put(old, new):
             new = new.swapaxes(0, 1)

@@ -19,7 +19,7 @@ from softprompt import dropout
 from softprompt.dropout import Masks, drop
 from softprompt.int8 import SCALE
 from softprompt.products import int8_product
-from softprompt.segments import Segmented, suit
+from softprompt.segments import Segmented, suits
 from softprompt.t5_config import T5Config
 from softprompt.t5_layers import (
     KV,
@@ -104,7 +104,7 @@ class Encoder(nn.Module):
         """
         positions = jnp.arange(x.shape[1])
         bias = self.relpos_bias(positions, positions)
-        if packed and suit(x, self.cfg.num_heads):
+        if packed and suits(x, self.cfg.num_heads):
             bias = Segmented.of(bias[0], segments)
         else:
             mask = (segments[:, :, None] == segments[:, None, :]) & (segments[:, None, :] > 0)

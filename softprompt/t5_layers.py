@@ -139,7 +139,8 @@ class Attention(nn.Module):
     ) -> Array:
         """Attends from `x` `[B, Q, H]` to `source`; `bias` broadcasts to `[B, A, Q, S]`.
 
-        `kept` `[B, A, 1, S]`: see `Kept`.
+        A `Segmented` bias, of keys and values alone, keeps attention within segments; positions of
+        none get nothing. `kept` `[B, A, 1, S]`: see `Kept`.
         """
         cfg = self.cfg
         query = self._heads(self.query(x))

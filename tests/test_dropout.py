@@ -66,8 +66,8 @@ def test_what_is_dropped_is_zero_and_the_rest_makes_up_for_it():
 def test_layers_of_the_same_weights_drop_each_its_own():
     cfg = dataclasses.replace(TINY, dropout_rate=0.5)
     encoder = t5.Encoder(cfg)
-    x, mask = jnp.ones((2, 5, cfg.emb_dim)), jnp.ones((2, 1, 5, 5), bool)
-    params = encoder.init(jax.random.key(0), x, mask)["params"]
+    x, rows = jnp.ones((2, 5, cfg.emb_dim)), (jnp.ones((2, 5), jnp.int32), False)
+    params = encoder.init(jax.random.key(0), x, *rows)["params"]
     params |= {f"layers_{i}": params["layers_0"] for i in range(cfg.num_encoder_layers)}
     masks = dropout.draw(jax.random.key(1), cfg, 2, 5, 3)
     seen = []
@@ -76,7 +76,7 @@ def test_layers_of_the_same_weights_drop_each_its_own():
         seen.append(found)
         return x
 
-    encoder.apply({"params": params}, x, mask, masks, same_input)
+    encoder.apply({"params": params}, x, *rows, masks, same_input)
     assert len(seen) == cfg.num_encoder_layers - 1 > 1
     assert np.abs(seen[0] - seen[1]).max() > 0.1
 
@@ -118,15 +118,16 @@ def test_a_stack_drops_its_input_and_its_output():
     # Without the scale that makes up for what is dropped nothing but masks is seen.
     cfg = dataclasses.replace(TINY, dropout_rate=0.0)
     encoder = t5.Encoder(cfg)
-    x, mask = jax.random.normal(jax.random.key(0), (2, 5, cfg.emb_dim)), jnp.ones((2, 1, 5, 5))
-    params = encoder.init(jax.random.key(1), x, mask)
+    x = jax.random.normal(jax.random.key(0), (2, 5, cfg.emb_dim))
+    rows = jnp.ones((2, 5), jnp.int32), False
+    params = encoder.init(jax.random.key(1), x, *rows)
     ends, *layers = dropout.draw(jax.random.key(2), UNEVEN, 2, 5, 3)
     masks = [ends, *map(jnp.ones_like, layers)]
     ends = dropout.of_encoder(masks, cfg, 5)[0]
-    expected = encoder.apply(params, x * ends.attended, mask) * ends.out
-    np.testing.assert_array_equal(encoder.apply(params, x, mask, masks), expected)
+    expected = encoder.apply(params, x * ends.attended, *rows) * ends.out
+    np.testing.assert_array_equal(encoder.apply(params, x, *rows, masks), expected)
     assert 0 < ends.attended.mean() < 1 and 0 < ends.out.mean() < 1
-    assert np.abs(expected - encoder.apply(params, x, mask) * ends.out).max() > 0.1
+    assert np.abs(expected - encoder.apply(params, x, *rows) * ends.out).max() > 0.1
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from softprompt import (
     packing,
     partition,
     prompted,
+    segments,
     t5_layers,
     train,
     train_step,
@@ -247,6 +248,33 @@ def test_microbatches_give_the_gradient_of_the_whole_batch(tiny, pairs, kind):
         split_loss, split = gradient(tiny, batch, label_ids=label_ids, microbatches=parts)
         np.testing.assert_allclose(split_loss, loss, rtol=1e-5)
         np.testing.assert_allclose(split, grad, atol=1e-5 * np.abs(grad).max())
+
+
+@pytest.mark.parametrize(
+    "remat, parts, weights",
+    [
+        ("none", 2, "float32"),
+        ("minimal", 1, "float32"),
+        ("full", 2, "float32"),
+        ("none", 1, "int8"),
+    ],
+)
+def test_a_step_attends_by_segments_under_every_saving(
+    tiny, pairs, monkeypatch, remat, parts, weights
+):
+    """And nothing asks for the gradient of the backbone's bias, which would take whole rows."""
+    backbone = rounded(tiny)[0] if weights == "int8" else tiny
+    batch = packed_batch(tiny, pairs)
+    loss, grad = gradient(backbone, batch)
+    monkeypatch.setattr(segments, "LONG", 1)
+    monkeypatch.setattr(segments, "_cores", lambda: 1)
+    monkeypatch.delattr(segments, "_whole")
+    took, attend = [], segments.attend
+    monkeypatch.setattr(segments, "attend", lambda *x: took.append(x) or attend(*x))
+    again, same = gradient(backbone, batch, remat=remat, microbatches=parts)
+    assert took
+    np.testing.assert_allclose(again, loss, rtol=1e-5)
+    np.testing.assert_allclose(same, grad, atol=1e-5 * np.abs(grad).max())
 
 
 def test_microbatches_must_divide_the_batch(tiny):

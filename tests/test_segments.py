@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from softprompt import segments
+from softprompt import products, segments
 from softprompt.segments import Segmented
 
 # Segments of three of the sizes, one at the very end, one alone in its row, one in two parts.
@@ -117,12 +117,18 @@ def test_members_of_a_population_get_what_each_gets_alone():
 
 def test_short_rows_other_devices_and_many_threads_do_with_whole_rows(monkeypatch):
     x = jnp.zeros((2, segments.LONG, 8))
-    monkeypatch.setattr(segments.os, "cpu_count", lambda: 6)
-    assert segments.suit(x, heads=6)
-    assert not segments.suit(x[:, 1:], heads=6)
-    assert not segments.suit(x, heads=5)
-    monkeypatch.setattr(segments, "platform", lambda: "gpu")
-    assert not segments.suit(x, heads=6)
+    monkeypatch.setattr(segments, "_cores", lambda: 6)
+    for name in ("device_count", "local_device_count"):
+        monkeypatch.setattr(segments.jax, name, lambda: 1)
+    monkeypatch.setattr(products, "platform", lambda: "cpu")
+    assert segments.suits(x, heads=6)
+    assert not segments.suits(x[:, 1:], heads=6)
+    assert not segments.suits(x, heads=5)
+    monkeypatch.setattr(segments.jax, "process_count", lambda: 2)
+    assert not segments.suits(x, heads=6)
+    monkeypatch.undo()
+    monkeypatch.setattr(products, "platform", lambda: "gpu")
+    assert not segments.suits(x, heads=99)
 
 
 DEVICES = """
@@ -132,27 +138,45 @@ from jax.sharding import NamedSharding, PartitionSpec
 import test_segments
 from softprompt import partition, segments
 
+segments._cores = lambda: 1
 mesh = partition.make_mesh(data=2, model=2)
 place = lambda x, *axes: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))
-for heads in (4, 3):  # The second is what two devices cannot share.
-    operands, numbers, bias = test_segments.drawn(rows=test_segments.ROWS[:4], heads=heads)
-    want = test_segments.gradients(test_segments.attended, operands, bias, numbers, (0, 1, 2))
-    axis = "model" if heads == 4 else None
-    operands = [place(x, "data", axis) for x in operands]
-    numbers, bias = place(numbers, "data"), place(bias)
-    got = test_segments.gradients(test_segments.attended, operands, bias, numbers, (0, 1, 2))
-    for one, other in zip(got, want):
-        np.testing.assert_allclose(one, other, atol=1e-5)
-    program = jax.jit(test_segments.attended).lower(*operands, bias, numbers).compile().as_text()
-    assert "all-gather" not in program and "all-reduce" not in program
-    assert segments._axes(mesh, 4, heads) == ("data", axis)
+operands, numbers, bias = test_segments.drawn(rows=test_segments.ROWS[:4], heads=4)
+arguments = operands, bias, numbers, (0, 1, 2)
+want = test_segments.gradients(test_segments.attended, *arguments)
+operands = [place(x, "data", "model") for x in operands]
+numbers, bias = place(numbers, "data"), place(bias)
+got = test_segments.gradients(test_segments.attended, operands, bias, numbers, (0, 1, 2))
+for one, other in zip(got, want):
+    np.testing.assert_allclose(one, other, atol=1e-5)
+
+def total(*given):
+    return test_segments.attended(*given).sum()
+
+def of_many(*given):  # Of members, each of which has rows on all devices.
+    return jax.vmap(jax.grad(total, (0, 1, 2)), (0, 0, 0, None, 0))(*given)
+
+one = jax.grad(total, (0, 1, 2)), (*operands, bias, numbers)
+both = lambda x, *axes: place(jnp.stack([x, x[::-1]]), None, "data", *axes)
+many = of_many, (*(both(x, "model") for x in operands), bias, both(numbers))
+for function, given in (one, many):
+    program = jax.jit(function).lower(*given).compile().as_text()
+    assert "all-" not in program and "collective-" not in program
+for x, y in zip(jax.jit(one[0])(*one[1]), jax.jit(many[0])(*many[1])):
+    np.testing.assert_allclose(y, jnp.stack([x, x[::-1]]), atol=1e-5)
+
+assert segments._axes(mesh, 4, 4) == ("data", "model")
 assert segments._axes(mesh, 3, 4) is None  # Three rows on two devices.
-assert not segments.suit(jnp.zeros((4, 512, 8)), 8)  # Nothing says where they lie.
-assert segments.suit(place(jnp.zeros((4, 512, 8)), "data"), 8)
+assert segments._axes(mesh, 4, 3) is None  # Three heads on two devices.
+assert not segments.suits(jnp.zeros((4, 512, 8)), 8)  # Nothing says where they lie.
+assert segments.suits(place(jnp.zeros((4, 512, 8)), "data"), 8)
+segments._cores = lambda: 20  # Five threads for the four heads of a device.
+assert not segments.suits(place(jnp.zeros((4, 512, 8)), "data"), 8)
 """
 
 
 def test_devices_do_their_own_rows_and_heads_and_send_nothing(monkeypatch, request):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
     done = subprocess.run(
         [sys.executable, "-c", DEVICES],

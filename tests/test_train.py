@@ -614,6 +614,7 @@ def test_packed_examples_have_the_loss_and_gradient_of_unpacked_ones(
 ):
     """Also with two different prompts in one row, an example of each."""
     monkeypatch.setattr(segments, "LONG", long)
+    monkeypatch.setattr(segments, "_cores", lambda: 1)
     took = []
     monkeypatch.setattr(segments, "attend", lambda *x, of=segments.attend: took.append(x) or of(*x))
     examples = data.from_pairs(pairs, tiny.vocabulary, {"inputs": 16, "targets": 8})
