@@ -176,6 +176,25 @@ def _divide_backward(dtype, saved, grad):
 divide.defvjp(_divide_forward, _divide_backward)
 
 
+MASKED = -1e10
+
+
+def where_not(mask: Array, dtype: Any) -> Array:
+    """What is added to logits to attend to nothing but `mask`; float16 has no number as low."""
+    return jnp.where(mask, 0.0, max(MASKED, float(jnp.finfo(dtype).min) / 2))
+
+
+def attention(query: Array, key: Array, value: Array, bias: Array) -> Array:
+    """`[B, A, Q, D]` for queries of that shape and keys and values `[B, A, S, D]`.
+
+    `bias` broadcasts to `[B, A, Q, S]`. Logits and softmax are float32 whatever the operands are.
+    """
+    logits = product("baqd,basd->baqs", query, key, jnp.float32) + bias.astype(jnp.float32)
+    # The softmax divides what it weighs instead of its weights, of which there are more.
+    weights, total = exponentials(logits, query.dtype)
+    return divide(product("baqs,basd->baqd", weights, value, jnp.float32), total, query.dtype)
+
+
 # A matrix of weights, and scales that broadcast against what it is multiplied into, if it is int8.
 Matrix = tuple[Array, Array | None]
 

@@ -18,7 +18,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
 from softprompt import partition, products
-from softprompt.products import divide, einsum, exponentials, product
+from softprompt.products import einsum
 
 Array = jax.Array
 # Shorter rows are as fast as a whole.
@@ -39,10 +39,15 @@ class Segmented(NamedTuple):
     def of(cls, bias: Array, segments: Array) -> "Segmented":
         """With the extents of `segments`; what lies between the ends of one counts."""
         place = jnp.arange(segments.shape[1])
-        same = segments[:, :, None] == segments[:, None, :]
+        same = within(segments)
         first, last = jnp.argmax(same, 2), segments.shape[1] - 1 - jnp.argmax(same[:, :, ::-1], 2)
         begins = (first == place) & (segments > 0)
         return cls(bias, segments, jnp.where(begins, last - place + 1, 0))
+
+
+def within(segments: Array) -> Array:
+    """`[B, T, T]`: which positions each of `segments` `[B, T]` may attend to, those of its own."""
+    return (segments[:, :, None] == segments[:, None, :]) & (segments[:, None, :] > 0)
 
 
 def suits(x: Array, heads: int) -> bool:
@@ -161,13 +166,9 @@ _attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
 def _whole(segments: Array, query: Array, key: Array, value: Array, bias: Array) -> Array:
     """`attend` with all scores of all rows at once."""
     query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
-    logits = product("baqd,basd->baqs", query, key, jnp.float32) + bias
-    together = (segments[:, :, None] == segments[:, None, :]) & (segments[:, None, :] > 0)
-    # Positions of no segment attend to something: no logits would make them no number.
-    logits = jnp.where(together[:, None], logits, jnp.finfo(jnp.float32).min)
-    weights, total = exponentials(logits, query.dtype)
-    y = divide(product("baqs,basd->baqd", weights, value, jnp.float32), total, query.dtype)
-    return jnp.where((segments > 0)[:, None, :, None], y, 0).swapaxes(1, 2)
+    bias = bias + products.where_not(within(segments)[:, None], query.dtype)
+    y = products.attention(query, key, value, bias).swapaxes(1, 2)
+    return jnp.where((segments > 0)[:, :, None, None], y, 0)
 
 
 def _of_segments(

@@ -7,7 +7,6 @@ V vocabulary rows, A heads, D head width.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +17,8 @@ from flax.linen import partitioning
 from softprompt import dropout
 from softprompt.dropout import Masks, drop
 from softprompt.int8 import SCALE
-from softprompt.products import int8_product
-from softprompt.segments import Segmented, suits
+from softprompt.products import MASKED, int8_product, where_not
+from softprompt.segments import Segmented, suits, within
 from softprompt.t5_config import T5Config
 from softprompt.t5_layers import (
     KV,
@@ -35,13 +34,6 @@ from softprompt.t5_layers import (
 Array = jax.Array
 # (number of an encoder layer, its input `[B, T, H]`) -> that input, perhaps another one.
 Before = Callable[[int, Array], Array]
-
-MASKED = -1e10
-
-
-def _where_not(mask: Array, dtype: Any) -> Array:
-    """What is added to logits to attend to nothing but `mask`; float16 has no number as low."""
-    return jnp.where(mask, 0.0, max(MASKED, float(jnp.finfo(dtype).min) / 2))
 
 
 class TokenEmbedder(nn.Module):
@@ -107,8 +99,7 @@ class Encoder(nn.Module):
         if packed and suits(x, self.cfg.num_heads):
             bias = Segmented.of(bias[0], segments)
         else:
-            mask = (segments[:, :, None] == segments[:, None, :]) & (segments[:, None, :] > 0)
-            bias = bias + _where_not(mask[:, None], self.cfg.dtype)
+            bias = bias + where_not(within(segments)[:, None], self.cfg.dtype)
         rate = self.cfg.dropout_rate
         ends, *kept = dropout.of_encoder(dropout_masks, self.cfg, x.shape[1])
         x = drop(x, ends.attended, rate)
@@ -144,7 +135,7 @@ class Decoder(nn.Module):
     ) -> Array:
         """Normed output `[B, L, H]` for embedded targets `[B, L, H]` and `encoded` `[B, T, H]`."""
         positions = jnp.arange(y.shape[1])
-        bias = self.relpos_bias(positions, positions) + _where_not(mask, self.cfg.dtype)
+        bias = self.relpos_bias(positions, positions) + where_not(mask, self.cfg.dtype)
         cross_bias = jnp.where(cross_mask, 0.0, MASKED)
         rate = self.cfg.dropout_rate
         ends, *kept = dropout.of_decoder(dropout_masks, self.cfg, y.shape[1], encoded.shape[1])
@@ -169,7 +160,7 @@ class Decoder(nn.Module):
         length = cache[0][0].shape[2]
         positions = jnp.arange(length)
         bias = self.relpos_bias(index[None], positions)
-        bias = bias + _where_not(positions <= index, self.cfg.dtype)
+        bias = bias + where_not(positions <= index, self.cfg.dtype)
         cross_bias = jnp.where(cross_mask, 0.0, MASKED)
         updated = []
         for layer, cached, source in zip(self.layers, cache, cross, strict=True):

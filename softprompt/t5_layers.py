@@ -17,8 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from softprompt import segments
 from softprompt.dropout import Kept, drop
 from softprompt.int8 import SCALE
-from softprompt.products import Matrix, divide, exponentials, multiply, product
-from softprompt.segments import Segmented
+from softprompt.products import Matrix, attention, divide, exponentials, multiply, product
 from softprompt.t5_config import REMAT, T5Config
 
 Array = jax.Array
@@ -135,45 +134,41 @@ class Attention(nn.Module):
         return Direct(x, x.swapaxes(1, 2), key, (value.swapaxes(1, 2), scale))
 
     def __call__(
-        self, x: Array, source: KV | Direct, bias: Array | Segmented, kept: Array | None = None
+        self,
+        x: Array,
+        source: KV | Direct,
+        bias: Array | segments.Segmented,
+        kept: Array | None = None,
     ) -> Array:
         """Attends from `x` `[B, Q, H]` to `source`; `bias` broadcasts to `[B, A, Q, S]`.
 
         A `Segmented` bias, of keys and values alone, keeps attention within segments; positions of
         none get nothing. `kept` `[B, A, 1, S]`: see `Kept`.
         """
-        cfg = self.cfg
         query = self._heads(self.query(x))
-        if isinstance(source, KV):
+        if isinstance(source, Direct):
+            y = self._directly(query, source, bias, kept)
+        else:
             # One mask for all queries may as well fall on the values.
-            turned = None if kept is None else kept.swapaxes(2, 3)
-            value = drop(source.value, turned, cfg.dropout_rate)
-        if isinstance(bias, Segmented):
-            return self._joined(segments.attend(query, source.key, value, bias))
-        # Logits and softmax in float32 whatever the activations are.
-        if isinstance(source, Direct):
-            kernel, scale = source.key
-            if scale is not None:
-                query, scale = (query * scale).astype(cfg.dtype), jnp.ones(())
-            query = multiply("baqd,ahd->baqh", query, (kernel, scale), cfg.dtype)
-            logits = product("baqh,bhs->baqs", query, source.turned, jnp.float32)
-        else:
-            logits = product("baqd,basd->baqs", query, source.key, jnp.float32)
-        logits = logits + bias.astype(jnp.float32)
-        # The softmax divides what it weighs instead of its weights, of which there are more.
-        weights, total = exponentials(logits, cfg.dtype)
-        if isinstance(source, Direct):
-            weights = drop(weights, kept, cfg.dropout_rate)
-            y = divide(product("baqs,bsh->baqh", weights, source.x, jnp.float32), total, cfg.dtype)
-            y = multiply("baqh,adh->baqd", y, source.value, cfg.dtype)
-        else:
-            y = divide(product("baqs,basd->baqd", weights, value, jnp.float32), total, cfg.dtype)
-        return self._joined(y)
-
-    def _joined(self, y: Array) -> Array:
-        """`[B, Q, H]` of what the heads got, `[B, A, Q, D]`."""
+            kept = None if kept is None else kept.swapaxes(2, 3)
+            value = drop(source.value, kept, self.cfg.dropout_rate)
+            attend = segments.attend if isinstance(bias, segments.Segmented) else attention
+            y = attend(query, source.key, value, bias)
         y = y.swapaxes(1, 2)
         return self.out(y.reshape(*y.shape[:-2], -1))
+
+    def _directly(self, query: Array, source: Direct, bias: Array, kept: Array | None) -> Array:
+        """`products.attention` without keys and values: see `direct`."""
+        cfg = self.cfg
+        kernel, scale = source.key
+        if scale is not None:
+            query, scale = (query * scale).astype(cfg.dtype), jnp.ones(())
+        query = multiply("baqd,ahd->baqh", query, (kernel, scale), cfg.dtype)
+        logits = product("baqh,bhs->baqs", query, source.turned, jnp.float32)
+        weights, total = exponentials(logits + bias.astype(jnp.float32), cfg.dtype)
+        weights = drop(weights, kept, cfg.dropout_rate)
+        y = divide(product("baqs,bsh->baqh", weights, source.x, jnp.float32), total, cfg.dtype)
+        return multiply("baqh,adh->baqd", y, source.value, cfg.dtype)
 
 
 @functools.partial(jax.checkpoint, static_argnums=0)
@@ -269,7 +264,7 @@ class EncoderLayer(nn.Module):
         self.pre_mlp_layer_norm = LayerNorm(cfg.dtype)
         self.mlp = Mlp(cfg)
 
-    def whole(self, x: Array, bias: Array | Segmented, kept: Kept) -> Array:
+    def whole(self, x: Array, bias: Array | segments.Segmented, kept: Kept) -> Array:
         rate = self.cfg.dropout_rate
         y = self.pre_attention_layer_norm(x)
         y = self.attention(y, self.attention.keys_values(y), bias, kept.weights)
