@@ -220,11 +220,13 @@ def split_gin(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]
 
 def _dry_run(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> int:
     """Prints what the run that these arguments describe needs; of data it reads nothing."""
-    from softprompt import config, launch, memory
+    from softprompt import config, launch, memory, train_settings
 
     search_paths = [p for p in args.gin_search_paths.split(",") if p]
     config.parse(args.gin_file, bindings, search_paths, optional=NOT_FOR_DRY_RUNS)
     settings = config.arguments(launch.train)
+    folder = settings["model_dir"] or ""  # Nothing is written there.
+    train_settings.check({**settings, "model_dir": folder}, config.macros().get("CLASS_LABELS"))
     labels = 0
     if settings["loss"] == launch.eval_task.LABELS:
         labels = launch.label_count(settings)

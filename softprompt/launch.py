@@ -33,6 +33,7 @@ from softprompt import (
     provenance,
     reparameterise,
     report,
+    train_settings,
     train_step,
     tree,
 )
@@ -46,12 +47,6 @@ from softprompt.predict import baseline, eval
 from softprompt.settings import (
     BUILTIN,
     UserData,
-    are_texts,
-    check_kinds,
-    check_numbers,
-    check_path,
-    check_patterns,
-    check_settings,
     load_tasks,
     use_vocabulary,
 )
@@ -59,8 +54,6 @@ from softprompt.vocabulary import open_vocabulary
 
 Path = str | os.PathLike
 
-# How a trained backbone may be stored, and bytes of a number.
-STORED_AS = {"float32": 4, "bfloat16": 2, "int8": 1}
 # What gin files may name.
 __all__ = ["UserData", "baseline", "eval", "infer", "train"]
 
@@ -165,85 +158,11 @@ def train(
     `train.fit`; what it has in common with other calls of this function is read and compiled once
     with the same `shared`.
     """
+    settings = dict(locals())
     shared = shared or Shared()
     began = time.monotonic()
-    check_settings(
-        dtype,
-        task_feature_lengths,
-        TRAIN_STEPS=(train_steps, 1),
-        BATCH_SIZE=(batch_size, 1),
-        PROMPT_LENGTH=(prompt_length, 0),
-        PACK_LENGTH=(0 if pack_length == "auto" else pack_length, 0),
-        LENGTH_BUCKETS=(length_buckets, 1),
-        EVAL_BATCH_SIZE=(eval_batch_size, 1),
-        EVAL_PERIOD=(eval_period, 0),
-        PATIENCE=(patience, 0),
-        CHECKPOINT_PERIOD=(checkpoint_period, 0),
-        KEEP_CHECKPOINTS=(keep_checkpoints, 1),
-        LOG_PERIOD=(log_period, 1),
-        MICROBATCHES=(microbatches, 1),
-        SEED=(seed, 0),
-        EVAL_EXAMPLES=(1 if eval_examples is None else eval_examples, 1),
-    )
-    check_path("MODEL_DIR", model_dir)
-    check_numbers(
-        DROPOUT_RATE=(dropout_rate, 0, 1),
-        Z_LOSS=(z_loss, 0),
-        LABEL_SMOOTHING=(label_smoothing, 0, 1),
-    )
-    for name, path in (
-        ("INITIAL_CHECKPOINT_PATH", initial_checkpoint_path), ("VOCABULARY_FILE", vocabulary_file),
-        ("EMBEDDINGS_FILE", embeddings_file), ("CORPUS", text_corpus),
-    ):  # fmt: skip
-        check_path(name, path, optional=True)
     labels = config.macros().get("CLASS_LABELS")
-    check_kinds(
-        PROMPT_INIT=(prompt_init, callable(prompt_init), "a function, with '@' before its name"),
-        CLASS_LABELS=(
-            labels, labels is None or are_texts(labels), "a list such as ('yes', 'no') or None"
-        ),
-    )  # fmt: skip
-    check_patterns(TRAINABLE=trainable, FROZEN=frozen)
-    check_kinds(
-        TRAINABLE=(trainable, bool(trainable), "one pattern or more"),
-        BACKBONE_STEPS=(
-            backbone_steps,
-            isinstance(backbone_steps, list | tuple) and {*map(type, backbone_steps)} <= {int},
-            "a list of steps",
-        ),
-        STORE_AS=(backbone_dtype, backbone_dtype in STORED_AS, f"one of {', '.join(STORED_AS)}"),
-        **{
-            f"launch.train.{name}": (value, callable(value), "a function, without '()' behind it")
-            for name, value in (("optimizer", optimizer), ("mesh", mesh))
-        },
-    )  # fmt: skip
-    if best_metric is not None and not isinstance(best_metric, str):
-        raise ValueError(f"BEST_METRIC is {best_metric!r}, expected the name of a figure")
-    if not prompt_length and (prompt_depth != 1 or reparameterisation is not None):
-        raise ValueError("PROMPT_LENGTH is 0: there is no prompt to be deep or reparameterised")
-    if odd := [k for k in backbone_steps if not eval_period or k % eval_period]:
-        raise ValueError(
-            f"BACKBONE_STEPS {odd} are no multiples of EVAL_PERIOD, which is {eval_period}"
-        )
-    if late := [k for k in backbone_steps if not 0 < k <= train_steps]:
-        raise ValueError(f"BACKBONE_STEPS {late} are no steps from 1 to TRAIN_STEPS {train_steps}")
-    if patience and not eval_period:
-        raise ValueError(
-            f"PATIENCE is {patience}, but nothing is evaluated before the end: EVAL_PERIOD is 0"
-        )
-    if loss == eval_task.LABELS and (z_loss or label_smoothing):
-        raise ValueError(
-            f"Z_LOSS is {z_loss} and LABEL_SMOOTHING is {label_smoothing}, expected 0 for LOSS "
-            f"{loss!r}: they belong to {eval_task.TOKENS!r}"
-        )
-    if stream and target_sentinel:
-        raise ValueError(
-            "TARGET_SENTINEL is True, expected False: streamed targets stay as they are"
-        )
-    if stream and prompt_length:
-        raise ValueError(
-            f"PROMPT_LENGTH is {prompt_length}, expected 0: text that is streamed has no slots"
-        )
+    train_settings.check(settings, labels)
     folder = pathlib.Path(model_dir)
     devices = mesh()
     backbone = shared(
@@ -495,7 +414,7 @@ def _cost(
         shapes = jax.eval_shape(init, jax.random.key(0))
     if any(tree.matches(path, trainable) for path in backbone.params):
         shapes, kept = {**backbone.params, **shapes}, {**backbone.params, **kept}
-        bytes_kept += STORED_AS[dtype] * tree.count(backbone.params)
+        bytes_kept += train_settings.STORED_AS[dtype] * tree.count(backbone.params)
     trained = {path: x for path, x in shapes.items() if tree.matches(path, trainable)}
     return {
         "trainable_parameters": tree.count(trained),

@@ -33,7 +33,6 @@ from softprompt import (
 )
 from softprompt.prompted import PromptedT5
 from softprompt.reparameterise import Mlp
-from softprompt.settings import check_numbers, check_patterns, check_settings
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 # Code is generated without optimisation: it plays no part in what memory the program needs.
@@ -360,8 +359,9 @@ def _fewest_parts(run: Run, limit: int, measure) -> tuple[Run, Need] | None:
 def of_settings(settings: Mapping[str, Any], mesh: jax.sharding.Mesh, labels: int = 0) -> Run:
     """The run that `launch.train` would do with these keyword arguments, at full feature lengths.
 
-    The architecture is ARCHITECTURE's, else read off the headers of the checkpoint. How long
-    examples really are only the data tells: shorter ones need less.
+    They must have passed `train_settings.check`. The architecture is ARCHITECTURE's, else read off
+    the headers of the checkpoint. How long examples really are only the data tells: shorter ones
+    need less.
     """
     lengths, length = settings["task_feature_lengths"], settings["prompt_length"]
     batch_size, microbatches = settings["batch_size"], settings["microbatches"]
@@ -370,12 +370,6 @@ def of_settings(settings: Mapping[str, Any], mesh: jax.sharding.Mesh, labels: in
             "PACK_LENGTH 'auto' is chosen by the data, which a dry run does not read; give it the "
             "row length that the run says"
         )
-    check_settings(
-        settings["dtype"], lengths, BATCH_SIZE=(batch_size, 1), PROMPT_LENGTH=(length, 0),
-        PACK_LENGTH=(pack, 0), MICROBATCHES=(microbatches, 1),
-    )  # fmt: skip
-    check_numbers(DROPOUT_RATE=(settings["dropout_rate"], 0, 1))
-    check_patterns(TRAINABLE=settings["trainable"], FROZEN=settings["frozen"])
     name, path = settings.get("architecture"), settings.get("initial_checkpoint_path")
     if name is not None:
         cfg = t5_config.config(name)

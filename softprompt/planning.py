@@ -4,6 +4,7 @@ Every run is the run that `softprompt train` (or `baseline`) gives with its own 
 in a folder of its own; finished ones are kept, an interrupted one goes on from its checkpoint.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -11,10 +12,10 @@ import math
 import pathlib
 import re
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from softprompt import checkpoint, config, content, data, launch, report, selection
+from softprompt import checkpoint, config, content, data, launch, report, selection, train_settings
 from softprompt import train as training
 from softprompt.logbook import say
 from softprompt.report_many import folder_name
@@ -155,7 +156,22 @@ def configure(run: Run, files, bindings, search_paths) -> str:
     if binary not in BINARIES:
         raise ValueError(f"{run}: BINARY is {binary!r}, expected one of {', '.join(BINARIES)}")
     config.parse(files, [*bindings, (OUTPUT[binary], str(run.folder))], search_paths)
+    if binary == "train":
+        with naming(run), config.errors():
+            settings = config.arguments(launch.train)
+            train_settings.check(settings, config.macros().get("CLASS_LABELS"))
     return binary
+
+
+@contextlib.contextmanager
+def naming(run: Run) -> Iterator[None]:
+    """Within it, a ValueError says which run it is of."""
+    try:
+        yield
+    except training.Diverged:
+        raise
+    except ValueError as error:
+        raise ValueError(f"{run}: {error}") from None
 
 
 def known(bindings: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -225,14 +241,12 @@ def do(run: Run, binary: str) -> Outcome | None:
     figures: Mapping[str, float]
     diverged = False
     try:
-        with config.errors():
+        with naming(run), config.errors():
             found = config.configured(getattr(launch, binary))()
     except training.Diverged as error:
         say(f"{run}: {error}")
         report.attempt(run.folder)
         figures, diverged = {}, True
-    except ValueError as error:
-        raise ValueError(f"{run}: {error}") from None
     else:
         if binary == "train" and found.interrupted:
             return None

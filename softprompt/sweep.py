@@ -142,14 +142,12 @@ def sweep(
 def _check_task(run: planning.Run) -> None:
     """Raises where the run in force has no such task, split or local data."""
     macros = config.macros()
-    try:
+    with planning.naming(run):
         tasks = content.tasks(macros)
         if macros["BINARY"] == "train":
             planning.check_split(tasks, "train")
         if held_out := [task for task in tasks if macros["EVAL_SPLIT"] in task.splits]:
             planning.check_split(held_out, macros["EVAL_SPLIT"])
-    except ValueError as error:
-        raise ValueError(f"{run}: {error}") from None
     if not held_out:
         raise ValueError(
             f"{run} evaluates nothing (EVAL_SPLIT is {macros['EVAL_SPLIT']!r}): a sweep compares "

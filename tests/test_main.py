@@ -311,7 +311,7 @@ def test_pretraining_goes_on_with_its_own_text_alone(tmp_path, capsys):
                 ("PATIENCE=2", "PATIENCE is 2, but nothing is evaluated before the end: EVAL_P"),
                 ("launch.train.stream=True", "PROMPT_LENGTH is 4, expected 0: text that is str"),
                 ("launch.train.backbone_steps=25", "BACKBONE_STEPS is 25, expected a list of"),
-                ("launch.train.backbone_dtype=fp32", "STORE_AS is 'fp32', expected one of floa"),
+                ("launch.train.backbone_dtype=fp32", "STORE_AS is 'fp32', expected one of 'fl"),
                 ("launch.train.eval_examples=0", "EVAL_EXAMPLES is 0, expected an integer of"),
                 ("launch.train.optimizer=@optim.adafactor()", "expected a function, without '()'"),
             )
@@ -333,7 +333,7 @@ def test_pretraining_goes_on_with_its_own_text_alone(tmp_path, capsys):
             (["--gin_file=prompts/from_class_labels.gin", "--train_file=/no", setting], message)
             for setting, message in (
                 ("--gin.CLASS_LABELS=good", "CLASS_LABELS is 'good', expected a list such as"),
-                ("--gin.CLASS_LABELS=[1]", "CLASS_LABELS is [1], expected a list such as"),
+                ("--gin.CLASS_LABELS=[1]", "CLASS_LABELS is [1], expected a list of texts or None"),
                 ("--gin.LABELS=3", "LABELS is 3, expected a list of texts"),
                 ("--gin.LABELS=a,b", "LABELS is 'a,b', expected a list such as ['a', 'b']"),
             )

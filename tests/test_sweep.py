@@ -130,6 +130,11 @@ def test_a_run_that_evaluated_nothing_ends_a_sweep(small, capsys, monkeypatch):
         ("SEED=3", "--gin.SEED: SEEDS sets SEED for every run; give --gin.SEEDS in its place"),
         ("EVAL_BATCH_SIZE=4", "--gin.EVAL_BATCH_SIZE: POINTS sets EVAL_BATCH_SIZE for every run"),
         ("AXIS=5", "AXIS is 5, expected a text"),
+        (
+            "POINTS={'1': [], '3': ['PATIENCE=x']}",
+            "tuned, 3, embedded_sentiment, seed 0: PATIENCE is",
+        ),
+        ("POINTS={'1': [], '3': ['LOSS=words']}", "LOSS is 'words', expected one of 'tokens'"),
     ],
 )
 def test_mistakes_are_found_before_a_run(small, tmp_path, capsys, monkeypatch, flag, message):
