@@ -147,9 +147,12 @@ def _parse(path: str, texts: Mapping[str, str]) -> dict[str, Any]:
 
 
 def cache_folder() -> pathlib.Path:
-    """Where what can be made again is kept: SOFTPROMPT_CACHE_DIR or the user's cache."""
-    default = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "softprompt"
-    return pathlib.Path(os.environ.get("SOFTPROMPT_CACHE_DIR", default))
+    """Where what can be made again is kept: SOFTPROMPT_CACHE_DIR or the user's cache.
+
+    A variable that is empty counts as none.
+    """
+    users = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return pathlib.Path(os.environ.get("SOFTPROMPT_CACHE_DIR") or users / "softprompt")
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What a training run reads: batches in one of three forms, and what several runs share."""
 
 import dataclasses
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from softprompt.logbook import say
 
 class Shared:
     """Calls `function(*arguments)` once, and gives its result again for equal arguments.
+
+    Of what has no hash, such as lists, those are equal that pickle alike, else an object itself.
 
     Runs of one process share a backbone, tokenised tasks and compiled predictors by it.
     """
@@ -34,9 +37,13 @@ class Shared:
             return id(argument)
         try:
             hash(argument)
+            return argument
         except TypeError:
-            return repr(argument)
-        return argument
+            pass
+        try:
+            return pickle.dumps(argument)
+        except (pickle.PicklingError, TypeError, AttributeError):
+            return id(argument)
 
 
 def batches(
@@ -70,6 +77,11 @@ def batches(
             f"packing: {packed.shape[0]} rows of {pack_length}, {100 * share:.0f}% full, "
             f"{count:.1f} examples a batch"
         )
+        if count >= packing.TOO_MANY * batch_size:
+            say(
+                f"packing: that is more than BATCH_SIZE {batch_size}, for {packed.shape[0]} rows "
+                f"are the fewest (data partitions x microbatches divide them)"
+            )
         return packed
     own = partition.local_rows(mesh, batch_size)
     if length_buckets == 1:

@@ -13,6 +13,8 @@ from softprompt.logbook import track
 # A row of this share of tokens is full enough; longer ones cost more attention than they save
 # (but on a CPU: see `segments`).
 FULL = 0.92
+# Examples of a batch, to its size.
+TOO_MANY = 1.25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,11 +24,12 @@ class Packing:
     Calling it with a step gives endless batches from that step on: `encoder_ids` and
     `encoder_segments` `[R, T]`, `targets` and `decoder_segments` `[R, L]`. Segments number the
     examples of a row from 1; 0 is padding. How many examples a batch holds varies by a few; every
-    example is still taken once an epoch, in an order close to that of `data.train_batches`.
+    example is still taken once an epoch, in an order close to that of `data.train_batches`. Around
+    an epoch's end one may come twice in a batch.
 
     Attributes:
       parts, rates, seed, slots: see `data.train_batches`.
-      batch_size: examples per batch, on the average.
+      batch_size: examples per batch, on the average, unless R is rounded up.
       length: T, tokens of an encoder row, slots included.
       rows_multiple: R is rounded up to it (the mesh's data axis).
       own: the rows that batches hold, of all R: see `data.train_batches`.
@@ -79,6 +82,9 @@ class Packing:
     def rows(self) -> Iterator[list[list[tuple[data.Examples, int]]]]:
         """The examples of every row, batch by batch, from the first batch on."""
         count, length, targets_length = self.shape
+        # Twice what a batch's rows hold, where that is much more than BATCH_SIZE asks for.
+        room = count * length / (len(self.slots) + self._mean("inputs"))
+        pool = max(4 * self.batch_size, 2 * round(room))
         stream = itertools.chain.from_iterable(
             data.drawn(self.parts, self.rates, self.batch_size, self.seed)
         )
@@ -88,7 +94,7 @@ class Packing:
         while True:
             batch = []
             for _ in range(count):
-                new = list(itertools.islice(stream, 4 * self.batch_size - len(waiting)))
+                new = list(itertools.islice(stream, pool - len(waiting)))
                 waiting += new
                 added = [
                     (len(self.slots) + len(part.inputs[i]), len(part.targets[i])) for part, i in new
@@ -161,17 +167,21 @@ def row_length(
 ) -> int:
     """The shortest row for `Packing` that gets `FULL`, else the fullest one.
 
+    Rows of which a batch would hold `TOO_MANY` times `batch_size` examples, since the mesh and the
+    microbatches divide their number, are taken only if all are such.
+
     Rows from the longest example to four times that are tried on 100 batches: the first few find
     their gaps easier to fill than those after them. Short rows are the cheaper ones: attention
     costs the square of a row.
     """
     need = len(slots) + max(len(ids) for part in parts for ids in part.inputs)
-    fullest = (0.0, 0)
+    fullest = (False, 0.0, 0)
     for length in np.unique(np.geomspace(need, 4 * need, 24).round().astype(int)):
         length = data.round_up(int(length))
         packing = Packing(parts, rates, batch_size, seed, slots, length, rows_multiple)
-        share, _ = packing.fill(100)
-        if share >= FULL:
+        share, count = packing.fill(100)
+        as_asked = count < TOO_MANY * batch_size
+        if share >= FULL and as_asked:
             return length
-        fullest = max(fullest, (share, length))
-    return fullest[1]
+        fullest = max(fullest, (as_asked, share, length))
+    return fullest[-1]

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from softprompt import data, packing
+from softprompt import data, inputs, packing, partition
 
 
 def packed_rows(parts, length=64, batch_size=8, prompt=5, **settings):
@@ -60,6 +60,26 @@ def test_rows_are_nine_tenths_full(low, high, prompt, length):
 def test_a_row_too_short_for_an_example_is_refused():
     with pytest.raises(ValueError, match="PACK_LENGTH is 20, but .* has 3[0-9] tokens"):
         packed_rows([random_examples("a", 40, 2, 30)], 20)
+
+
+def test_rows_longer_than_a_batch_are_filled_and_said(capsys):
+    part = random_examples("a", 400, 10, 60)
+    mesh = partition.make_mesh(devices=1)
+    slots = np.arange(1000, 1020, dtype=np.int32)
+    packed = inputs.batches([part], [1.0], 2, 0, slots, mesh, pack_length=1024)
+    share, count = packed.fill()
+    assert share >= 0.9 and count > 15
+    assert "more than BATCH_SIZE 2, for 1 rows are the fewest" in capsys.readouterr().out
+
+
+def test_the_row_length_found_keeps_to_the_batch_size():
+    """Eight data partitions: short rows, fuller ones would hold twice as many examples."""
+    slots = np.arange(1000, 1100, dtype=np.int32)
+    drawing = ([random_examples("a", 400, 30, 312)], [1.0], 16, 0, slots)
+    found = packing.row_length(*drawing, 8)
+    _, count = packing.Packing(*drawing, found, 8).fill()
+    assert count < 1.25 * 16
+    assert packing.Packing(*drawing, packing.row_length(*drawing), 8).fill()[1] > 1.25 * 16
 
 
 @pytest.mark.parametrize("low, high", [(15, 82), (30, 312), (40, 512)])
