@@ -147,7 +147,7 @@ def arguments(function: Callable) -> dict[str, Any]:
         for name, parameter in inspect.signature(function).parameters.items()
         if parameter.default is not parameter.empty
     }
-    return defaults | gin.get_bindings(f"{function.__module__.split('.')[-1]}.{function.__name__}")
+    return defaults | gin.get_bindings(function)
 
 
 @contextlib.contextmanager

@@ -161,8 +161,7 @@ def train(
     settings = dict(locals())
     shared = shared or Shared()
     began = time.monotonic()
-    labels = config.macros().get("CLASS_LABELS")
-    train_settings.check(settings, labels)
+    train_settings.check(settings)
     folder = pathlib.Path(model_dir)
     devices = mesh()
     backbone = shared(
@@ -330,7 +329,7 @@ def train(
         log_period=log_period,
         model_dir=folder,
         # Labels given for the initialisation come before the task's own.
-        save=prompt.saver(about, labels or class_labels[0]),
+        save=prompt.saver(about, config.macros().get("CLASS_LABELS") or class_labels[0]),
         identity=identity,
         seed=seed,
         z_loss=z_loss,

@@ -15,9 +15,19 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from softprompt import checkpoint, config, content, data, launch, report, selection, train_settings
+from softprompt import (
+    checkpoint,
+    config,
+    content,
+    data,
+    launch,
+    predict,
+    report,
+    selection,
+    train_settings,
+)
 from softprompt import train as training
-from softprompt.logbook import say
+from softprompt.logbook import duration, say
 from softprompt.report_many import folder_name
 from softprompt.settings import are_texts
 from softprompt.tasks import sources
@@ -156,10 +166,9 @@ def configure(run: Run, files, bindings, search_paths) -> str:
     if binary not in BINARIES:
         raise ValueError(f"{run}: BINARY is {binary!r}, expected one of {', '.join(BINARIES)}")
     config.parse(files, [*bindings, (OUTPUT[binary], str(run.folder))], search_paths)
-    if binary == "train":
-        with naming(run), config.errors():
-            settings = config.arguments(launch.train)
-            train_settings.check(settings, config.macros().get("CLASS_LABELS"))
+    with naming(run), config.errors():
+        check = {"train": train_settings.check, "baseline": predict.check_baseline}[binary]
+        check(config.arguments(getattr(launch, binary)))
     return binary
 
 
@@ -230,6 +239,35 @@ def finished(run: Run) -> Outcome | None:
         )
     score = math.nan if found["score"] is None else found["score"]
     return Outcome(run, score, found["figures"], found["seconds"], found.get("diverged", False))
+
+
+def outcomes(
+    planned: Sequence[Run], files, bindings, search_paths, what: str
+) -> Iterator[tuple[Outcome | None, bool]]:
+    """What each run left, found or made now, and whether now; gin's configuration is its own then.
+
+    None, the last one, stands for a run that SIGTERM stopped. `what` is a run called.
+    """
+    spent: list[float] = []
+    with data.keeping_records():
+        for number, run in enumerate(planned, 1):
+            binary = configure(run, files, bindings, search_paths)
+            if found := finished(run):
+                yield found, False
+                continue
+            left = ""
+            if spent:
+                seconds = sum(spent) / len(spent) * (len(planned) - number + 1)
+                left = f", about {duration(seconds)} left"
+            say(f"--- {what} {number}/{len(planned)}: {run}{left}")
+            made = do(run, binary)
+            training.clear_caches()
+            if made is None:
+                say(f"stopped during {run}; the same command goes on from here")
+                yield None, True
+                return
+            spent.append(made.seconds)
+            yield made, True
 
 
 def do(run: Run, binary: str) -> Outcome | None:

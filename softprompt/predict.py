@@ -192,6 +192,17 @@ def _ensemble(
     return figures
 
 
+def check_baseline(settings: Mapping[str, Any]) -> None:
+    """Raises where one of `baseline`'s arguments makes no sense, by its name in gin files."""
+    method, seed = settings["method"], settings["seed"]
+    if method not in baselines.METHODS:
+        raise ValueError(f"METHOD is {method!r}, expected one of {', '.join(baselines.METHODS)}")
+    check_settings(
+        settings["dtype"], settings["task_feature_lengths"],
+        EVAL_BATCH_SIZE=(settings["batch_size"], 1), SHOTS=(settings["shots"], 0), SEED=(seed, 0),
+    )  # fmt: skip
+
+
 def baseline(
     method: str,
     mixture_or_task_name: str,
@@ -212,9 +223,7 @@ def baseline(
     weights: str | None = None,
 ) -> dict[str, float]:
     """Evaluates what prompt tuning is held against (see `baselines`); prints figures as JSON."""
-    if method not in baselines.METHODS:
-        raise ValueError(f"METHOD is {method!r}, expected one of {', '.join(baselines.METHODS)}")
-    check_settings(dtype, task_feature_lengths, BATCH_SIZE=(batch_size, 1), SHOTS=(shots, 0))
+    check_baseline(dict(locals()))
     backbone, vocabulary, sources = _opened(
         initial_checkpoint_path, vocabulary_file, mesh, dtype, weights,
         mixture_or_task_name, mixture_or_task_module, user_data,

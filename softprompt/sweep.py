@@ -16,9 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from softprompt import checkpoint, config, content, data, page, planning, provenance, report
-from softprompt import train as training
-from softprompt.logbook import duration, say
+from softprompt import checkpoint, config, content, page, planning, provenance, report
+from softprompt.logbook import say
 from softprompt.report_many import folder_name
 from softprompt.settings import check_kinds, check_path
 
@@ -113,26 +112,13 @@ def sweep(
         names |= set(config.macros())
         _check_task(run)
     planning.check_known(bindings, names)
-    outcomes, spent = [], []
-    with data.keeping_records():
-        for number, run in enumerate(planned, 1):
-            binary = planning.configure(run, files, bindings, search_paths)
-            if found := planning.finished(run):
-                _check_figures(found)
-                outcomes.append(found)
-                continue
-            left = ""
-            if spent:
-                left = f", about {duration(np.mean(spent) * (len(planned) - number + 1))} left"
-            say(f"--- run {number}/{len(planned)}: {run}{left}")
-            outcome = planning.do(run, binary)
-            training.clear_caches()
-            if outcome is None:
-                say(f"stopped during {run}; the same command goes on from here")
-                return False
-            _check_figures(outcome)
-            outcomes.append(outcome)
-            spent.append(outcome.seconds)
+    outcomes: list[planning.Outcome] = []
+    for outcome, new in planning.outcomes(planned, files, bindings, search_paths, "run"):
+        if outcome is None:
+            return False
+        _check_figures(outcome)
+        outcomes.append(outcome)
+        if new:
             write(spec, outcomes)
     table = write(spec, outcomes)
     say(f"{table}\n{len(outcomes)} runs in {spec.folder}: report.html, results.csv, plot.png")
@@ -144,7 +130,7 @@ def _check_task(run: planning.Run) -> None:
     macros = config.macros()
     with planning.naming(run):
         tasks = content.tasks(macros)
-        if macros["BINARY"] == "train":
+        if macros["BINARY"] == "train" or macros["METHOD"] != "none":
             planning.check_split(tasks, "train")
         if held_out := [task for task in tasks if macros["EVAL_SPLIT"] in task.splits]:
             planning.check_split(held_out, macros["EVAL_SPLIT"])

@@ -4,7 +4,7 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
-from softprompt import backbone, eval_task, evaluation
+from softprompt import backbone, config, eval_task, evaluation
 from softprompt.settings import (
     check_kinds,
     check_labels,
@@ -19,22 +19,23 @@ from softprompt.t5_config import REMAT
 STORED_AS = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
-def check(settings: Mapping[str, Any], labels: Any) -> None:
+def check(settings: Mapping[str, Any]) -> None:
     """Raises where one of `launch.train`'s arguments, or two together, make no sense.
 
+    CLASS_LABELS, a macro of gin's that initialisers of the prompt read, is checked with them.
+
     Args:
-      settings: all of them, by name.
-      labels: CLASS_LABELS, which an initialiser of the prompt may read.
+      settings: all arguments, by name.
 
     Raises:
       ValueError: it says the setting's name in gin files, what it is, and what was expected.
     """
     s = types.SimpleNamespace(**settings)
-    _check_values(s, labels)
+    _check_values(s)
     _check_together(s)
 
 
-def _check_values(s: types.SimpleNamespace, labels: Any) -> None:
+def _check_values(s: types.SimpleNamespace) -> None:
     """Each setting by itself."""
     check_settings(
         s.dtype,
@@ -67,7 +68,7 @@ def _check_values(s: types.SimpleNamespace, labels: Any) -> None:
         ("CORPUS", s.text_corpus),
     ):
         check_path(name, path, optional=True)
-    check_labels("CLASS_LABELS", labels)
+    check_labels("CLASS_LABELS", config.macros().get("CLASS_LABELS"))
     check_patterns(TRAINABLE=s.trainable, FROZEN=s.frozen)
     for name, value, known in (
         ("LOSS", s.loss, (eval_task.TOKENS, eval_task.LABELS)),
@@ -124,4 +125,9 @@ def _check_together(s: types.SimpleNamespace) -> None:
     if s.stream and s.prompt_length:
         raise ValueError(
             f"PROMPT_LENGTH is {s.prompt_length}, expected 0: text that is streamed has no slots"
+        )
+    if s.stream and (s.pack_length or s.length_buckets > 1):
+        raise ValueError(
+            f"PACK_LENGTH is {s.pack_length!r} and LENGTH_BUCKETS is {s.length_buckets}, expected "
+            f"0 and 1: text that is streamed comes in rows of one length"
         )

@@ -14,7 +14,7 @@ import numpy as np
 
 from softprompt import checkpoint, config, data, planning, provenance, report, sweep
 from softprompt import train as training
-from softprompt.logbook import duration, say
+from softprompt.logbook import say
 from softprompt.report import NAME as REPORT
 from softprompt.report_many import folder_name
 from softprompt.settings import import_modules
@@ -123,27 +123,15 @@ def transfer(
         planning.configure(run, files, bindings, search_paths)
     check_tasks(spec, modules)
     figures: dict[Figure, None] = {}
-    spent: list[float] = []
-    for number, run in enumerate(planned, 1):
-        planning.configure(run, files, bindings, search_paths)
-        macros = config.macros()
-        trained = planning.finished(run)
+    for trained, _ in planning.outcomes(planned, files, bindings, search_paths, "training"):
         if trained is None:
-            left = ""
-            if spent:
-                left = f", about {duration(np.mean(spent) * (len(planned) - number + 1))} left"
-            say(f"--- training {number}/{len(planned)}: {run}{left}")
-            trained = planning.do(run, "train")
-            training.clear_caches()
-            if trained is None:
-                say(f"stopped during {run}; the same command goes on from here")
-                return False
-            spent.append(trained.seconds)
+            return False
+        macros = config.macros()
         # A training that diverged has nothing to evaluate: its cells stay empty.
         if not trained.diverged:
             for target in spec.targets:
                 # A task that is a target twice, by itself and in a mixture, counts once.
-                figures |= dict.fromkeys(evaluated(run, target, spec.split, macros))
+                figures |= dict.fromkeys(evaluated(trained.run, target, spec.split, macros))
         write(spec, list(figures))
     say(write(spec, list(figures)))
     say(f"{len(planned)} trainings in {spec.folder}: results.csv, summary.csv, table.md, {REPORT}")

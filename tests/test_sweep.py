@@ -134,12 +134,18 @@ def test_a_run_that_evaluated_nothing_ends_a_sweep(small, capsys, monkeypatch):
             "POINTS={'1': [], '3': ['PATIENCE=x']}",
             "tuned, 3, embedded_sentiment, seed 0: PATIENCE is",
         ),
+        (
+            "LINES={'': ['runs/baseline.gin', 'METHOD=majority', 'BINARY=baseline']} & "
+            "TASKS={'embedded_sentiment': [], 'mrqa_bioasq': []}",
+            "mrqa_bioasq has no split 'train'",
+        ),
+        ("SHOTS=-1", "majority, 1, embedded_sentiment, seed 0: SHOTS is -1"),
         ("POINTS={'1': [], '3': ['LOSS=words']}", "LOSS is 'words', expected one of 'tokens'"),
     ],
 )
 def test_mistakes_are_found_before_a_run(small, tmp_path, capsys, monkeypatch, flag, message):
     monkeypatch.setenv("SOFTPROMPT_DATA_DIR", str(tmp_path))
-    assert main(["sweep", *small, f"--gin.{flag}"]) == 2
+    assert main(["sweep", *small, *(f"--gin.{one}" for one in flag.split(" & "))]) == 2
     said = capsys.readouterr().err.strip()
     assert message in said and len(said.splitlines()) == 1
     assert not (tmp_path / "out").exists()
