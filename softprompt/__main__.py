@@ -60,6 +60,10 @@ def _split_cpu(count: int | None) -> None:
         raise ValueError(f"--cpu_devices={count} comes too late: {error}") from None
 
 
+EPILOG = """Shipped gin files, and what each needs: README.md. --gin.NAME=VALUE sets a name of
+theirs, such as --gin.BATCH_SIZE=16."""
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line's grammar; `--gin.NAME=VALUE` is read apart from it."""
     top = argparse.ArgumentParser(
@@ -75,52 +79,71 @@ def parser() -> argparse.ArgumentParser:
         ("sweep", "train over points, tasks and seeds: gin/sweeps holds the paper's ablations"),
         ("transfer", "train on one task, evaluate on others: prompt tuning beside model tuning"),
     ):
-        command = commands.add_parser(
-            name, help=what, epilog="--gin.NAME=VALUE overrides a gin macro or binding."
-        )
-        command.add_argument("--gin_file", action="append", default=[], metavar="FILE")
-        command.add_argument("--gin_search_paths", default="", metavar="DIR[,DIR…]")
-        command.add_argument("--gin_bindings", action="append", default=[], metavar="NAME=VALUE")
-        command.add_argument("--data_dir", help="folder of JSON Lines data sets")
-        command.add_argument("--tfds_data_dir", help="folder of TensorFlow data sets")
-        command.add_argument("--seqio_additional_cache_dirs", default="", metavar="DIR[,DIR…]")
+        command = commands.add_parser(name, help=what, epilog=EPILOG)
+        of_gin = command.add_argument_group("what to run")
+        of_gin.add_argument(
+            "--gin_file", action="append", default=[], metavar="FILE",
+            help="a path, or a shipped file such as models/t5_1_1_embedded.gin; may be repeated",
+        )  # fmt: skip
+        of_gin.add_argument(
+            "--gin_search_paths", default="", metavar="DIR[,DIR…]",
+            help="where gin files are looked for after the working directory",
+        )  # fmt: skip
+        of_gin.add_argument(
+            "--gin_bindings", action="append", default=[], metavar="NAME=VALUE",
+            help="the same as --gin.NAME=VALUE, as T5X spells it",
+        )  # fmt: skip
         if name != "baseline":
-            command.add_argument("--ignore_fingerprint", action="store_true")
-        command.add_argument(
+            of_gin.add_argument(
+                "--ignore_fingerprint", action="store_true",
+                help="take prompts that were tuned for another backbone of the same width; a "
+                "training reads some with prompts/from_file.gin or prompts/from_most_similar.gin",
+            )  # fmt: skip
+        if name != "infer":
+            known = command.add_argument_group("data that the tasks read")
+            known.add_argument("--data_dir", metavar="DIR", help="JSON Lines: DIR/glue/rte/…")
+            known.add_argument("--tfds_data_dir", metavar="DIR", help="TensorFlow data sets")
+            known.add_argument(
+                "--seqio_additional_cache_dirs", default="", metavar="DIR[,DIR…]",
+                help="caches that seqio_cache_tasks made",
+            )  # fmt: skip
+        own = command.add_argument_group("your own data")
+        if name != "infer":
+            own.add_argument("--task_name", default="user_task", help="what to call them")
+            kinds = "JSON Lines, CSV or TSV, perhaps .gz"
+            for split in ("train", "validation", "test"):
+                own.add_argument(f"--{split}_file", metavar="FILE", help=kinds)
+            own.add_argument("--target", help="field that holds the label or target text")
+        own.add_argument("--template", help='text of a row, such as "review: {text}"')
+        own.add_argument("--labels", help="label names, separated by commas")
+        devices = command.add_argument_group("devices and processes")
+        devices.add_argument(
             "--cpu_devices", type=int, metavar="N",
             help="make the CPU N devices (as many as cores, say), each with its share of a batch",
         )  # fmt: skip
         if name in JOB_COMMANDS:
-            command.add_argument(
+            devices.add_argument(
                 "--coordinator_address", metavar="HOST:PORT", help="of process 0 of a job"
             )
-            command.add_argument("--num_processes", type=int, help="processes of the job")
-            command.add_argument("--process_id", type=int, help="which of them this is, from 0")
-            command.add_argument(
+            devices.add_argument("--num_processes", type=int, help="processes of the job")
+            devices.add_argument("--process_id", type=int, help="which of them this is, from 0")
+            devices.add_argument(
                 "--distributed", choices=("auto",),
                 help="take them from the cluster: SLURM, TPU pods, Kubernetes, Open MPI",
             )  # fmt: skip
-        if name != "infer":
-            command.add_argument("--task_name", default="user_task", help="name of your own data")
-            command.add_argument("--train_file", help="your own data, JSON Lines or CSV")
-            command.add_argument("--validation_file")
-            command.add_argument("--test_file")
-        command.add_argument("--template", help='text of a row, such as "review: {text}"')
-        command.add_argument("--labels", help="label names, separated by commas")
         if name == "train":
-            command.add_argument(
+            dry = command.add_argument_group("memory")
+            dry.add_argument(
                 "--dry_run", action="store_true",
                 help="print what memory the run needs per device, and what fits; load nothing",
             )  # fmt: skip
-            command.add_argument(
+            dry.add_argument(
                 "--device_memory", help="of each device, such as 80GiB (default: as it says itself)"
             )
-            command.add_argument(
+            dry.add_argument(
                 "--topology", metavar="NAME",
                 help="dry run for devices that are not here, such as v5e:2x4 or h100:8",
             )  # fmt: skip
-        if name != "infer":
-            command.add_argument("--target", help="field that holds the label or target text")
     quick = commands.add_parser("quickstart", help="tune a prompt on the embedded default")
     quick.add_argument("--output_dir", default="softprompt_quickstart")
     quick.add_argument("--task", default=None, help="one of the embedded data sets")
@@ -226,7 +249,7 @@ def _dry_run(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> int:
     config.parse(args.gin_file, bindings, search_paths, optional=NOT_FOR_DRY_RUNS)
     settings = config.arguments(launch.train)
     folder = settings["model_dir"] or ""  # Nothing is written there.
-    train_settings.check({**settings, "model_dir": folder}, config.macros().get("CLASS_LABELS"))
+    train_settings.check({**settings, "model_dir": folder})
     labels = 0
     if settings["loss"] == launch.eval_task.LABELS:
         labels = launch.label_count(settings)
@@ -272,10 +295,10 @@ def _use_data(args: argparse.Namespace) -> None:
     from softprompt.tasks import sources
 
     hide_accelerators()  # Where a gin file's import brought TensorFlow.
-    if args.data_dir:
-        sources.use_data_dir(args.data_dir)
-    if args.tfds_data_dir:
-        import_seqio().set_tfds_data_dir_override(args.tfds_data_dir)
+    if folder := getattr(args, "data_dir", None):
+        sources.use_data_dir(folder)
+    if folder := getattr(args, "tfds_data_dir", None):
+        import_seqio().set_tfds_data_dir_override(folder)
     if cached := getattr(args, "seqio_additional_cache_dirs", ""):
         import_seqio().add_global_cache_dirs(cached.split(","))
 
@@ -413,7 +436,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except ValueError as error:
         _clear_bar()
-        print(f"softprompt: {error}", file=sys.stderr, flush=True)
+        said = str(error).replace("--gin.IGNORE_FINGERPRINT: ", "--ignore_fingerprint: ")
+        print(f"softprompt: {said}", file=sys.stderr, flush=True)
         return 2
     except OSError as error:
         # Of files that a user named: the modules name what is wrong with all others.

@@ -8,6 +8,7 @@ its configuration is parsed and `launch.train` called for it, up to the training
 import contextlib
 import csv
 import dataclasses
+import hashlib
 import inspect
 import io
 import itertools
@@ -41,6 +42,8 @@ AXES = {
 }
 # Of the population: what one of its members would have for itself does nothing.
 PLAN = (*AXES, "MEMBERS", "POPULATION_DIR", "MODEL_DIR")
+# Letters of a member's name; more than twice as many bytes are no name to a file system.
+LONGEST = 100
 SHOWN = (TASK, "PROMPT_LENGTH", "LEARNING_RATE", SEED)
 Settings = Mapping[str, Any]
 
@@ -94,7 +97,10 @@ def plan(macros: Settings) -> list[dict[str, Any]]:
 
 
 def name_of(own: Settings) -> str:
-    """A folder's name that tells the settings: `embedded_sentiment-length20-seed0`."""
+    """A folder's name that tells the settings: `embedded_sentiment-length20-seed0`.
+
+    A long one is cut, and a digest of all settings put behind it.
+    """
     words = dict(AXES.values())
     order = [*words, *sorted(k for k in own if k not in words)]
     parts = []
@@ -103,7 +109,10 @@ def name_of(own: Settings) -> str:
             value = own[setting]
             text = pathlib.PurePath(value).stem if setting == INIT else str(value)
             parts.append(words.get(setting, setting.lower() + "_") + text)
-    return re.sub(r"[^\w.+-]+", "_", "-".join(parts)) or "member"
+    name = re.sub(r"[^\w.+-]+", "_", "-".join(parts)) or "member"
+    if len(name) > LONGEST:
+        name = f"{name[:LONGEST]}-{hashlib.sha256(repr(own).encode()).hexdigest()[:8]}"
+    return name
 
 
 def population_members(

@@ -77,7 +77,8 @@ def tune(
         lengths differ much: see `inputs.batches`.
 
     Returns:
-      The prompt of the best validation, or of the last step without `validation_data`.
+      The prompt of the best validation, or of the last step without `validation_data`. Where
+      SIGTERM stopped the run, `metadata["status"]` is 'interrupted'.
     """
     settings = _plain({k: v for k, v in locals().items() if k != "backbone"})
     arguments, about = _tuning(backbone, Shared(), **settings)
@@ -85,6 +86,8 @@ def tune(
     if model_dir is not None and not result.interrupted:
         report.attempt(model_dir, backbone)
     note = {"step": result.best_step, "metrics": result.metrics}
+    if result.interrupted:
+        note["status"] = populations.INTERRUPTED
     best = result.best
     return Prompt(best[train.PROMPT], {**about, **note}, best.get(train.DEEP))
 

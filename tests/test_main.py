@@ -17,6 +17,7 @@ import pytest
 import softprompt
 from softprompt import (
     banks,
+    checkpoint,
     data,
     evaluation,
     members,
@@ -345,6 +346,18 @@ def test_bad_input_is_one_sentence_and_a_failure(tmp_path, capsys, flags, messag
     said = capsys.readouterr().err.strip()
     assert message in said and len(said.splitlines()) == 1
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_an_empty_variable_names_no_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("XDG_CACHE_HOME", "SOFTPROMPT_CACHE_DIR"):
+        monkeypatch.setenv(name, "")
+    assert checkpoint.cache_folder() == tmp_path / ".cache" / "softprompt"
+
+
+def test_a_flag_is_named_as_it_was_given(tmp_path, capsys):
+    assert train(tmp_path / "run", "--ignore_fingerprint") == 2
+    assert "softprompt: --ignore_fingerprint: no gin file given knows" in capsys.readouterr().err
 
 
 def test_gin_flags_are_told_from_the_others():

@@ -116,6 +116,12 @@ def test_a_population_leaves_what_each_run_alone_leaves(tmp_path, capsys):
     assert (folder / "population.csv").read_text().splitlines() == rows
 
 
+def test_long_settings_make_no_long_names():
+    texts = ["a" * 300, "a" * 299 + "b"]
+    names = [members.name_of({"PROMPT_TEXT": text}) for text in texts]
+    assert len(set(names)) == 2 and all(len(name) < 120 for name in names)
+
+
 def test_mistakes_name_the_member(tmp_path, capsys):
     command = ["population", MODEL, "--gin_file=runs/population.gin",
                "--gin.TASKS=['embedded_sentiment']",
