@@ -87,7 +87,7 @@ def run(
     for (text, target), answer in zip(shown, predicted, strict=True):
         mark = "right" if answer == target else f"wrong: {target}"
         say(f"          {text}  ->  {answer} ({mark})")
-    say(f"done in {duration(time.monotonic() - began)}; next, the same through gin and seqio:")
+    say(f"done in {duration(time.monotonic() - began)}; next, the same through gin:")
     say(
         f"  {program()} train --gin_file=models/t5_1_1_embedded.gin "
         "--gin_file=runs/prompt_classify.gin --gin_file=prompts/from_random_uniform.gin "
