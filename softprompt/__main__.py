@@ -265,7 +265,7 @@ def _run_gin(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> int:
             raise ValueError(f"--{name} is for --dry_run")
     if getattr(args, "dry_run", False):
         return _dry_run(args, [*_user_data(args), *bindings, *_gin_bindings(args)])
-    from softprompt import config, launch
+    from softprompt import config, hosts, launch
 
     bindings = [*_user_data(args), *bindings, *_gin_bindings(args)]
     if getattr(args, "ignore_fingerprint", False):
@@ -284,6 +284,10 @@ def _run_gin(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> int:
         return 0 if of_many[args.command](*parsed) else STOPPED
     config.parse(*parsed)
     _use_data(args)
+    # Where files lie may be each host's own affair: what is in them is compared later.
+    settings = config.settings_in(config.operative())
+    alike = {k: v for k, v in settings.items() if not k.endswith(("_DIR", "_PATH", "_FILE"))}
+    hosts.agree("settings", alike)
     with config.errors():
         found = config.configured(getattr(launch, args.command))()
     return STOPPED if args.command == "train" and found.interrupted else 0
@@ -438,6 +442,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _clear_bar()
         said = str(error).replace("--gin.IGNORE_FINGERPRINT: ", "--ignore_fingerprint: ")
         print(f"softprompt: {said}", file=sys.stderr, flush=True)
+        return 2
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        _clear_bar()
+        said = str(error).splitlines()[0]
+        print(
+            f"softprompt: the memory of the devices does not suffice ({said}); `softprompt train … "
+            f"--dry_run` says what a run needs, and what fits",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
         return 2
     except OSError as error:
         # Of files that a user named: the modules name what is wrong with all others.

@@ -13,6 +13,7 @@ softprompt.classify(backbone, ["question: Who wrote it?"], data.labels, prompt)
 
 import dataclasses
 import os
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -371,7 +372,10 @@ def ensemble(
     """
     check_counts(max_tokens=(max_tokens, 1), batch_size=(batch_size, 1))
     if not isinstance(prompt, list | tuple) or not len(prompt):
-        raise ValueError("an ensemble needs a list of one or more prompts")
+        raise ValueError(
+            f"prompt is {reprlib.repr(prompt)}, expected for an ensemble a list of one or more "
+            f"prompts"
+        )
     labels = None if labels is None else label_list(labels)
     lengths, texts = {**LENGTHS, "targets": max_tokens}, _text_list(texts)
     task = eval_task.EvalTask(_texts(backbone, texts, lengths), labels, lambda _: {})

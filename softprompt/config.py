@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import inspect
 import pathlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -200,6 +201,13 @@ def bindings(module: str) -> dict[str, Any]:
 def operative() -> str:
     """The bindings in force, as a gin file that would give the same run."""
     return gin.config_str()
+
+
+def settings_in(text: str) -> dict[str, str]:
+    """The bindings of such a file, by name; values that take several lines are joined."""
+    joined = re.sub(r"(?: \\)?\n +", " ", text)
+    pairs = (line.partition(" = ") for line in joined.splitlines())
+    return {name: value.strip() for name, equals, value in pairs if equals}
 
 
 def shipped() -> list[str]:

@@ -6,19 +6,34 @@ says: no other branch exists for one host.
 """
 
 import contextlib
+import json
 import os
 import pickle
 import re
+import reprlib
+import signal
 import sys
+import threading
+import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax._src import distributed  # The coordination service's store has no public name.
 from jax.experimental import multihost_utils
 
 T = TypeVar("T")
+# Seconds in which all processes of a job must have started, and those between two lines meanwhile.
+START_TIMEOUT, REMINDER = 300, 15
+# Seconds that a process which fails gives the others to say that they do, too.
+LAST_WORDS = 3
+# What processes agree on, in this order, or where they tell each other why not; and that they fail.
+AGREEMENTS = ("settings", "data")
+FAILED = "failed"
+# How the errors of a job's communication begin, of whichever class.
+LOST = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")
 # A process that has sent no sign of life for so many seconds is lost, and the others end.
 HEARTBEAT_TIMEOUT = 30
 # Bytes sent to the other processes at a time, each through a device's memory.
@@ -55,35 +70,129 @@ def start(
             f"a run of several processes needs {', '.join(given)}, got no {', '.join(missing)}; "
             f"--distributed=auto takes them from the cluster"
         )
-    if coordinator_address is not None and not re.fullmatch(r".+:\d+", coordinator_address):
-        raise ValueError(f"--coordinator_address is {coordinator_address!r}, expected HOST:PORT")
+    if coordinator_address is not None:
+        named = re.fullmatch(r".+:(\d+)", coordinator_address)
+        if not named or not 0 < int(named[1]) < 2**16:
+            raise ValueError(
+                f"--coordinator_address is {coordinator_address!r}, expected HOST:PORT, its port "
+                f"from 1 to 65535"
+            )
     if num_processes is not None and num_processes < 1:
         raise ValueError(f"--num_processes is {num_processes}, expected at least 1")
     if None not in (process_id, num_processes) and not 0 <= process_id < num_processes:
         raise ValueError(f"--process_id is {process_id}, expected 0 to {num_processes - 1}")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    who = "a process of a job" if process_id is None else f"process {process_id} of {num_processes}"
+    where = f" at {coordinator_address}" if coordinator_address else ""
     try:
-        jax.distributed.initialize(
-            coordinator_address,
-            num_processes,
-            process_id,
-            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
-            cluster_detection_method=None if distributed else "deactivate",
-        )
+        with _waiting(f"{who} waits for the others{where}"):
+            jax.distributed.initialize(
+                coordinator_address,
+                num_processes,
+                process_id,
+                heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
+                cluster_detection_method=None if distributed else "deactivate",
+                initialization_timeout=2 * START_TIMEOUT,  # It would abort.
+            )
     except (RuntimeError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         hint = "; give " + ", ".join(missing) if missing else ""
         raise ValueError(f"the job of several processes did not start: {reason}{hint}") from None
 
 
+@contextlib.contextmanager
+def _waiting(what: str) -> Iterator[None]:
+    """Within it, `what` is said now and again; Ctrl-C, or `START_TIMEOUT`, ends the process.
+
+    JAX waits for the other processes where no exception of Python's reaches it.
+    """
+    done = threading.Event()
+
+    def remind():
+        began = time.monotonic()
+        while not done.wait(REMINDER):
+            passed = time.monotonic() - began
+            print(f"{what} ({passed:.0f} s)", file=sys.stderr, flush=True)
+            if passed > START_TIMEOUT:
+                said = f"softprompt: the job of several processes did not start: {what}, in vain"
+                print(said, file=sys.stderr, flush=True)
+                os._exit(2)
+
+    before = None
+    if threading.current_thread() is threading.main_thread():
+        before = signal.getsignal(signal.SIGINT)
+        if before is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=remind, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
+
+
+def agree(what: str, own: Mapping[str, Any]) -> None:
+    """Raises, on every process, unless all of a job have the same settings or data. Collective.
+
+    A process that failed before it came here (see `job`) has told the others why, and they end with
+    it. No device is used.
+
+    Args:
+      what: one of `AGREEMENTS`.
+      own: what must be the same, by name; compared as texts.
+    """
+    _, count = _place()
+    if count == 1:
+        return
+    _tell(what, json.dumps({"own": {name: f"{value}" for name, value in own.items()}}))
+    first = None
+    for number in range(count):
+        told = json.loads(_told(what, number))
+        if "error" in told:
+            raise ValueError(f"process {number} of {count}: {told['error']}")
+        first = first or told["own"]
+        for name in {**first, **told["own"]}:
+            here, there = (reprlib.repr(x.get(name, "nothing"))[1:-1] for x in (told["own"], first))
+            if told["own"].get(name) != first.get(name):
+                raise ValueError(
+                    f"process {number} of {count} has {name} {here}, process 0 has {there}: start "
+                    f"all processes with the same settings and data"
+                )
+
+
+def _tell(what: str, text: str) -> None:
+    """Tells the other processes, once."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # It was told, or nobody is there.
+        distributed.global_state.client.key_value_set(f"softprompt/{what}/{_place()[0]}", text)
+
+
+def _told(what: str, number: int, seconds: float = START_TIMEOUT) -> str:
+    """What process `number` tells; waits for it. Ctrl-C is heard between two attempts."""
+    last = time.monotonic() + seconds
+    client, key = distributed.global_state.client, f"softprompt/{what}/{number}"
+    while True:
+        try:
+            return client.blocking_key_value_get(key, 500)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error) or time.monotonic() > last:
+                raise
+
+
 def several() -> bool:
     """Whether this process is one of a job's; asking uses no device."""
-    return jax.distributed.is_initialized() and jax.process_count() > 1
+    return _place()[1] > 1
+
+
+def _place() -> tuple[int, int]:
+    """Which process of a job this is, and of how many; JAX's public names start the devices."""
+    state = distributed.global_state
+    return (state.process_id, state.num_processes) if state.client else (0, 1)
 
 
 def first() -> bool:
     """Whether this is the process that writes files and speaks: the first, or the only one."""
-    return not jax.distributed.is_initialized() or jax.process_index() == 0
+    return _place()[0] == 0
 
 
 def fetch(x: Any) -> np.ndarray:
@@ -127,8 +236,9 @@ def shared(function: Callable[[], T]) -> T:
 def job(**flags: Any) -> Iterator[None]:
     """`start`, and within it this process's part of the job; at its end waits for the others.
 
-    A process that fails says why and leaves at once: its closed connections tell the others,
-    which would wait for it for ever. Alone, an exception passes through.
+    A process that fails says why and leaves: its closed connections tell the others, which would
+    wait for it for ever. Where all fail at once they leave together. Alone, an exception passes
+    through.
     """
     start(**flags)
     try:
@@ -139,20 +249,40 @@ def job(**flags: Any) -> Iterator[None]:
     except BaseException as error:
         if not several():
             raise
-        print(f"softprompt: {_reason(error)}", file=sys.stderr)
+        reason = _reason(error)
+        print(f"softprompt: {reason}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(2 if isinstance(error, ValueError) else 1)
+        _leave_together(reason)
+        if isinstance(error, KeyboardInterrupt):
+            os._exit(130)
+        os._exit(2 if reason == str(error) else 1)
+
+
+def _leave_together(reason: str) -> None:
+    """Waits a moment for others that fail, too; the first, who hosts them, is the last to leave."""
+    for what in AGREEMENTS:
+        _tell(what, json.dumps({"error": reason}))
+    _tell(FAILED, reason)
+    last = time.monotonic() + LAST_WORDS
+    with contextlib.suppress(jax.errors.JaxRuntimeError, KeyboardInterrupt):
+        for number in range(_place()[1]):
+            _told(FAILED, number, last - time.monotonic())
+        if first():
+            time.sleep(0.5)
 
 
 def _reason(error: BaseException) -> str:
-    if isinstance(error, ValueError):
+    who = "process {} of {}".format(*_place())
+    if isinstance(error, ValueError) and not LOST.match(str(error)):
         return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return f"{who}: interrupted"
     text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    if not isinstance(error, jax.errors.JaxRuntimeError):
+    if not isinstance(error, jax.errors.JaxRuntimeError | ValueError):
         return "\n" + "".join(traceback.format_exception(error))
     return (
-        f"process {jax.process_index()} of {jax.process_count()} stops: work that spans the "
+        f"{who} stops: work that spans the "
         f"processes failed, most likely because another one was lost ({text}). Start the job "
         f"again: it goes on from its last checkpoint"
     )

@@ -69,7 +69,8 @@ def batches(
     if pack_length:
         over = mesh.shape["data"] * microbatches
         if pack_length == "auto":
-            pack_length = packing.row_length(*drawing, over)
+            # By one seed, so that runs of several have rows of one length.
+            pack_length = packing.row_length(parts, rates, batch_size, 0, slots, over)
         packed = packing.Packing(*drawing, pack_length, over, label_length=label_length)
         packed = dataclasses.replace(packed, own=partition.local_rows(mesh, packed.shape[0]))
         share, count = packed.fill()

@@ -90,6 +90,10 @@ def plan(macros: Settings) -> list[dict[str, Any]]:
             found.append({**dict(zip(axes, values, strict=True)), **one})
     for own in found:
         check_type(INIT, own.get(INIT, ""), str, "the name of a gin file")
+    for name in AXES:
+        values = [*(macros.get(name) or [])]
+        if twice := [value for value in values if values.count(value) > 1]:
+            raise ValueError(f"{name} has {twice[0]!r} twice, expected different values")
     names = [name_of(own) for own in found]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"two members of the population have the name {', '.join(twice)}")
@@ -214,7 +218,8 @@ def write(folder: pathlib.Path, planned: Sequence[Planned], outcomes: Sequence[O
         values = {**one.shown, **one.own}
         writer.writerow(
             [ranks[task], one.name, *(values.get(k, "") for k in settings), f"{score:.4f}",
-             result.best_step, result.step, outcome.status, json.dumps(result.metrics)]
+             result.best_step, result.step, outcome.status,
+             json.dumps(result.metrics, sort_keys=True)]
         )  # fmt: skip
     checkpoint.write_atomically(folder / "population.csv", text.getvalue().encode())
     header, listed = _summary(scored)

@@ -52,7 +52,7 @@ class Packing:
         if self.length < need:
             raise ValueError(
                 f"PACK_LENGTH is {self.length}, but the longest input with its prompt has {need} "
-                f"tokens"
+                f"tokens: expected as many at least, or 'auto'"
             )
 
     def _mean(self, feature: str) -> float:

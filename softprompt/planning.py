@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import pathlib
-import re
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -211,9 +210,7 @@ def _lines(text: str, without: Collection[str] = ()) -> list[str]:
 
 def _settings(text: str, without: Collection[str] = ()) -> dict[str, str]:
     """The bindings among a configuration's `_lines`, long ones joined."""
-    joined = re.sub(r"(?: \\)?\n +", " ", "\n".join(_lines(text, without)))
-    pairs = (line.partition(" = ") for line in joined.splitlines())
-    return {name: value.strip() for name, equals, value in pairs if equals}
+    return config.settings_in("\n".join(_lines(text, without)))
 
 
 def finished(run: Run) -> Outcome | None:

@@ -89,12 +89,27 @@ def termination(saves: bool) -> Iterator[Callable[[int], bool]]:
     """Called after each step, says whether SIGTERM or Ctrl-C, which end nothing here, ask to stop.
 
     After Ctrl-C the context ends in KeyboardInterrupt; a second one, and a run that `saves`
-    nothing, does not wait for the step. Of several processes any may get SIGTERM: the coordination
-    service, without the devices, picks a step that none has passed yet, and there all are told to
-    stop.
+    nothing, does not wait for the step. Of several processes any may get either, and a first Ctrl-C
+    is to it as SIGTERM: the coordination service, without the devices, picks a step that none has
+    passed yet, and there all are told to stop.
     """
+    # A shell starts what it puts into the background with Ctrl-C ignored, and so it stays.
+    heard = saves and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
     if hosts.several():
-        yield multihost_utils.reached_preemption_sync_point
+        before = None
+        if heard and threading.current_thread() is threading.main_thread():
+
+            def pass_on(number: int, frame: Any) -> None:
+                del frame
+                signal.signal(number, signal.default_int_handler)
+                os.kill(os.getpid(), signal.SIGTERM)
+
+            before = signal.signal(signal.SIGINT, pass_on)
+        try:
+            yield multihost_utils.reached_preemption_sync_point
+        finally:
+            if before is not None:
+                signal.signal(signal.SIGINT, before)
         return
     if threading.current_thread() is not threading.main_thread():
         yield lambda step: False
@@ -111,8 +126,6 @@ def termination(saves: bool) -> Iterator[Callable[[int], bool]]:
             with contextlib.suppress(RuntimeError):
                 say("stopping after this step, which is saved; Ctrl-C again stops at once")
 
-    # A shell starts what it puts into the background with Ctrl-C ignored, and so it stays.
-    heard = saves and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
     numbers = (signal.SIGTERM, signal.SIGINT) if heard else (signal.SIGTERM,)
     before = {number: signal.signal(number, ask) for number in numbers}
     try:

@@ -116,12 +116,16 @@ def tune_many(
     check_kinds(members=(members, are_settings(members), expected))
     check_type("model_dir", model_dir, Path | None, "a path or None")
     defaults = inspect.signature(tune).parameters
+    known = [k for k in defaults if k not in ("backbone", "model_dir")]
     named, abouts, shared = [], [], Shared()
     for number, own in enumerate(members):
         settings = _plain({**common, **own})
         name = _folder_name(settings.pop("name", number))
-        if odd := [k for k in settings if k not in defaults or k in ("backbone", "model_dir")]:
-            raise ValueError(f"member {name!r} has {', '.join(odd)}, which is none of its settings")
+        if odd := [k for k in settings if k not in known]:
+            raise ValueError(
+                f"member {name!r} has {', '.join(odd)}, which is none of its settings: name, "
+                f"{', '.join(known)}"
+            )
         if "train_data" not in settings:
             raise ValueError(f"member {name!r} has no train_data")
         whole = {k: p.default for k, p in defaults.items() if k != "backbone"} | settings

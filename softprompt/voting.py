@@ -50,7 +50,11 @@ class Votes:
         return found
 
     def agreement(self, chosen: Sequence[str]) -> np.ndarray:
-        """The share `[E]` of prompts that predict `chosen`: a confidence."""
+        """The share `[E]` of prompts that predict `chosen`, of each example: a confidence."""
+        if len(chosen) != len(self.texts[0]):
+            raise ValueError(
+                f"got {len(chosen)} predictions, expected {len(self.texts[0])}: one for each text"
+            )
         return np.mean([[a == b for a, b in zip(t, chosen, strict=True)] for t in self.texts], 0)
 
     def probabilities(self) -> np.ndarray:

@@ -78,6 +78,36 @@ def start(folder, count=1, model=1, pause=0.0, steps=8) -> list[subprocess.Popen
                     env=env,
                     stdout=log,
                     stderr=subprocess.STDOUT,
+                    preexec_fn=hear_ctrl_c,
+                )  # fmt: skip
+            )
+    return started
+
+
+def hear_ctrl_c() -> None:
+    """What runs in the background of a shell ignores it, and what it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def commands(folder, *own: str) -> list[subprocess.Popen]:
+    """A job of `softprompt train`, a process for each of `own` flags, set to write to `folder`."""
+    address, started = free_address(), []
+    for number, flag in enumerate(own):
+        flags = [
+            "train", "--gin_file=models/t5_1_1_embedded.gin", "--gin_file=runs/prompt_classify.gin",
+            "--gin.MIXTURE_OR_TASK_NAME=embedded_sentiment", "--gin.TRAIN_STEPS=40",
+            "--gin.TASK_FEATURE_LENGTHS={'inputs': 16, 'targets': 8}", "--gin.BATCH_SIZE=2",
+            "--gin.LOG_PERIOD=1", f"--gin.MODEL_DIR={folder}", f"--coordinator_address={address}",
+            "--num_processes=2", f"--process_id={number}", *flag.split(),
+        ]  # fmt: skip
+        with open(f"{folder}-{number}.txt", "a") as log:
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "softprompt", *flags],
+                    env={**os.environ, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"},
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    preexec_fn=hear_ctrl_c,
                 )  # fmt: skip
             )
     return started
@@ -162,17 +192,79 @@ def test_a_lost_process_stops_the_others_and_the_job_goes_on(alone, tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_to_any_process_stops_all_at_one_step(alone, tmp_path):
+@pytest.mark.parametrize("number, how", [(1, signal.SIGTERM), (0, signal.SIGINT)])
+def test_a_signal_to_any_process_stops_all_at_one_step(alone, tmp_path, number, how):
     """Also to one that neither writes nor speaks."""
     folder = tmp_path / "run"
     processes = start(folder, 2, pause=0.5)
-    after(folder, processes, 2, 1, signal.SIGTERM)
+    after(folder, processes, 2, number, how)
     finish(folder, processes)
     step = int(said(folder).split("stopped by a signal after step ")[1].split(";")[0])
     assert checkpoint.steps(folder)[-1] == step < 8
     finish(folder, start(folder, 2))
     assert f"resuming from step {step}" in said(folder)
     np.testing.assert_allclose(prompt_of(folder), prompt_of(alone), atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    "own, messages",
+    [
+        (
+            ("--gin.SEED=0", "--gin.SEED=1"),
+            ["process 1 of 2 has SEED 1, process 0 has 0: start all processes with the same"] * 2,
+        ),
+        (
+            ("--data_dir=", "--data_dir=/nowhere"),
+            ["process 1 of 2: --data_dir '/nowhere'", "--data_dir '/nowhere': there is no such"],
+        ),
+        (("--gin.LOG_PERIOD=0",) * 2, ["LOG_PERIOD is 0, expected an integer of at least 1"] * 2),
+    ],
+)
+def test_a_job_that_cannot_run_ends_at_once_in_one_sentence_each(tmp_path, own, messages):
+    folder = tmp_path / "run"
+    finish(folder, commands(folder, *own), 2)
+    for number, message in enumerate(messages):
+        [line] = said(folder, number).splitlines()
+        assert line.startswith("softprompt: ") and message in line
+    assert not folder.exists()
+
+
+@pytest.mark.slow
+def test_other_data_are_refused_and_ctrl_c_ends_a_job_with_143(tmp_path):
+    for name, label in (("a.jsonl", "good"), ("b.jsonl", "bad")):
+        rows = [{"text": f"number {i}", "label": "good" if i else label} for i in range(8)]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = tmp_path / "run"
+    both = [f"--train_file={tmp_path / name}.jsonl --labels=good,bad" for name in "ab"]
+    finish(folder, commands(folder, *both), 2)
+    for number in (0, 1):
+        assert "process 1 of 2 has examples " in said(folder, number).splitlines()[-1]
+    processes = commands(folder, both[0], both[0])
+    after(folder, processes, 2, 1, signal.SIGINT)
+    finish(folder, processes, 143)
+    assert "Traceback" not in said(folder, 0) + said(folder, 1)
+    assert checkpoint.steps(folder)
+
+
+def test_who_waits_for_the_others_says_so_and_hears_ctrl_c():
+    code = (
+        "import sys; from softprompt import hosts, __main__; hosts.REMINDER = 0.2; "
+        "hosts.START_TIMEOUT = int(sys.argv[1]); "
+        "__main__.main(['train', '--coordinator_address=127.0.0.1:9', '--num_processes=2', "
+        "'--process_id=1'])"
+    )
+    for seconds, expected in ((1, 2), (600, -signal.SIGINT)):
+        waiting = subprocess.Popen(
+            [sys.executable, "-c", code, str(seconds)], env={**os.environ, "JAX_PLATFORMS": "cpu"},
+            stderr=subprocess.PIPE, text=True, preexec_fn=hear_ctrl_c,
+        )  # fmt: skip
+        assert "process 1 of 2 waits for the others at 127.0.0.1:9" in waiting.stderr.readline()
+        if expected < 0:
+            waiting.send_signal(signal.SIGINT)
+        assert waiting.wait(timeout=60) == expected
+        last = waiting.stderr.read().splitlines()[-1:]
+        if expected > 0:
+            assert last[0].startswith("softprompt: the job of several processes did not start: ")
 
 
 def test_flags_that_do_not_fit_together_are_named():
@@ -182,8 +274,9 @@ def test_flags_that_do_not_fit_together_are_named():
         hosts.start("127.0.0.1:1234", 2, 2)
     with pytest.raises(ValueError, match="'1234', expected HOST:PORT"):
         hosts.start("1234", 2, 0)
-    with pytest.raises(ValueError, match="'127.0.0.1', expected HOST:PORT"):
-        hosts.start("127.0.0.1", 2, 0)
+    for address in ("127.0.0.1", "127.0.0.1:0", "127.0.0.1:99999"):
+        with pytest.raises(ValueError, match=f"'{address}', expected HOST:PORT"):
+            hosts.start(address, 2, 0)
     assert not hosts.several() and hosts.first()
 
 

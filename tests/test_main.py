@@ -525,7 +525,7 @@ def test_wrong_calls_are_sentences(tiny, pairs):
         softprompt.generate(tiny, ["a film"], "x")
     with pytest.raises(ValueError, match=r"prompt has shape \(2, 3\), expected \(P, 24\)"):
         softprompt.generate(tiny, ["a film"], np.ones((2, 3)))
-    with pytest.raises(ValueError, match="an ensemble needs a list of one or more prompts"):
+    with pytest.raises(ValueError, match="expected for an ensemble a list of one or more"):
         softprompt.ensemble(tiny, ["a film"], [])
     with pytest.raises(ValueError, match="got no texts"):
         softprompt.generate(tiny, [], [])

@@ -27,7 +27,7 @@ def test_members_are_the_product_of_the_lists_and_of_what_is_free():
 @pytest.mark.parametrize("macros, message", [
     ({"SEEDS": 3}, "SEEDS is 3, expected a list"),
     ({"SEEDS": []}, r"SEEDS is \[\], expected a list"),
-    ({"SEEDS": [1, 1]}, "two members of the population have the name seed1"),
+    ({"SEEDS": [1, 1]}, "SEEDS has 1 twice, expected different values"),
     ({"INITS": [3]}, "INIT is 3, expected the name of a gin file"),
     ({"MEMBERS": [{"INIT": 3}]}, "INIT is 3, expected the name of a gin file"),
     ({"MEMBERS": [{"SEEDS": [5]}]}, r"MEMBERS: {'SEEDS': \[5\]} has SEEDS, expected settings"),
