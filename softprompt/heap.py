@@ -1,7 +1,4 @@
-"""How the C library keeps a process's memory: a step's temporaries come from the same pages again.
-
-Linux and glibc alone; elsewhere nothing happens.
-"""
+"""How a process's memory is kept on a CPU: a step's temporaries come from the same pages again."""
 
 import ctypes
 import functools
@@ -13,12 +10,19 @@ import time
 
 @functools.cache
 def keep(huge_after: float = 30.0) -> None:
-    """Tells glibc to keep freed memory instead of returning it to the kernel.
+    """Tells glibc to keep freed memory instead of returning it to the kernel (on Linux alone).
 
     XLA's CPU client frees and allocates a step's temporaries at every step: by default each time
     from fresh pages, whose faults took a quarter of a pre-training step. What the heap has grown to
     after `huge_after` seconds, and every minute from then on, is put into huge pages.
+
+    To be called before JAX has devices: a CPU then computes within the call that asks for it. Else
+    the next step's temporaries are taken while the last one's are still there, and what lies
+    between them keeps the heap from being used again: it grew to five steps' temporaries.
     """
+    import jax  # `softprompt --help` does without.
+
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     if not sys.platform.startswith("linux"):
         return
     try:

@@ -309,6 +309,7 @@ class _Group:
             batch[name] = np.stack(rows)
         batch = self._with_dropout(jax.device_put(batch, self._rows))
         states = self._step([run.state for run in self.runs], self._frozen, batch)
+        train_step.settle(states)
         for run, state in zip(self.runs, states, strict=True):
             if run in active:
                 run.state = state

@@ -332,6 +332,7 @@ def fit(
                 key = train_step.step_key(seed, state["step"])
                 batch = train_step.with_dropout(batch, module.cfg, key, label_ids, by_rows)
             state = step_fn(state, fixed, batch)
+            train_step.settle(state)
             if step == start + 1:
                 jax.block_until_ready(state)
                 log.begin(step)

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from softprompt import data, decode, dropout, losses, partition, tree, xla
+from softprompt.products import platform
 from softprompt.prompted import PromptedT5
 from softprompt.reparameterise import Mlp
 from softprompt.t5_config import T5Config
@@ -166,6 +167,17 @@ def make_step(
 def jit_step(step: Callable, platform: str | None = None) -> Any:
     """`jax.jit(step)`, whose first argument is given away, with XLA's options for a train step."""
     return jax.jit(step, donate_argnums=0, compiler_options=xla.step_options(platform))
+
+
+def settle(states: Any) -> None:
+    """On a CPU, waits for the step that was dispatched last; elsewhere steps queue up.
+
+    XLA's CPU client gives a step its temporaries when it is queued. And the devices of a CPU take
+    queued steps on the threads that compute: waiting for each other in sums over devices they can
+    have all of them, and XLA aborts the process after 40 s.
+    """
+    if platform() == "cpu":
+        jax.block_until_ready(states)
 
 
 def _accumulated(loss_fn, trainable, batch, parts: int):
