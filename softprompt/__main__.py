@@ -304,7 +304,12 @@ def _use_data(args: argparse.Namespace) -> None:
     if folder := getattr(args, "tfds_data_dir", None):
         import_seqio().set_tfds_data_dir_override(folder)
     if cached := getattr(args, "seqio_additional_cache_dirs", ""):
-        import_seqio().add_global_cache_dirs(cached.split(","))
+        seqio, folders = import_seqio(), cached.split(",")
+        from tensorflow.io import gfile
+
+        if absent := [folder for folder in folders if not gfile.isdir(folder)]:
+            raise ValueError(f"--seqio_additional_cache_dirs: there is no folder {absent[0]!r}")
+        seqio.add_global_cache_dirs(folders)
 
 
 def _reproduce(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> int:

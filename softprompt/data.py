@@ -11,20 +11,20 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from softprompt.logbook import track
+from softprompt import offline_cache
+from softprompt.logbook import say, track
 from softprompt.tasks import catalogue
 from softprompt.vocabulary import EOS_ID, Vocabulary
 
 Batch = dict[str, np.ndarray]
 LENGTH_MULTIPLE = 8
-FEATURES = ("inputs", "targets")
 # A text that any two vocabularies cut differently.
 PROBE = "Is this tokenised as the backbone's texts are? 1,024 times, naïvely."
 
@@ -77,7 +77,7 @@ def make_examples(
         raise ValueError(f"{name}: there are no examples")
     cut = {}
     trimmed = {}
-    for feature, rows in zip(FEATURES, (inputs, targets), strict=True):
+    for feature, rows in zip(catalogue.FEATURES, (inputs, targets), strict=True):
         trimmed[feature] = [trim(ids, lengths[feature]) for ids in rows]
         full = (len(ids) + (not len(ids) or ids[-1] != EOS_ID) for ids in rows)
         cut[feature] = sum(n > lengths[feature] for n in full)
@@ -253,34 +253,10 @@ def get_tasks(name: str) -> list[tuple[Any, float]]:
     return [(found, 1.0)]
 
 
-def cache_of(task: Any, split: str) -> str | None:
-    """The folder of a task's offline cache in seqio's cache directories, None where there is none.
-
-    A cache without the split is an error: the source is never taken in its place.
-    """
-    import seqio
-    import tensorflow as tf
-
-    if not (task.supports_caching and seqio.get_global_cache_dirs() and task.cache_dir):
-        return None
-    if not tf.io.gfile.exists(seqio.utils.get_cached_info_path(task.cache_dir, split)):
-        raise ValueError(f"the cache {task.cache_dir!r} of {task.name} has no split {split!r}")
-    return task.cache_dir
-
-
-def _features(task: Any) -> list[str]:
-    """Which of inputs and targets a seqio task has; one without targets is an error."""
-    found = [feature for feature in FEATURES if feature in task.output_features]
-    if "targets" not in found:
-        names = ", ".join(map(repr, task.output_features))
-        raise ValueError(f"task {task.name} has the features {names}, expected a feature 'targets'")
-    return found
-
-
 def _check_vocabulary(task: Any) -> None:
     """Raises unless a seqio task tokenises as the backbone does."""
     ours = catalogue.vocabulary()
-    for feature in _features(task):
+    for feature in catalogue.features_of(task):
         theirs = task.output_features[feature].vocabulary.encode(PROBE)
         # seqio.PassThroughVocabulary gives the text back: its tasks bring ids.
         if theirs != PROBE and sorted(theirs) != sorted(ours.encode(PROBE)):
@@ -294,36 +270,13 @@ def _check_vocabulary(task: Any) -> None:
 def _check_ids(task: Any, records: Sequence[Mapping[str, Any]]) -> None:
     """Raises where a seqio task's records hold ids that the backbone's vocabulary has not."""
     size = catalogue.vocabulary().size
-    for feature in _features(task):
+    for feature in catalogue.features_of(task):
         ids = [record[feature] for record in records if feature in record]
         largest = max((int(x.max()) for x in ids if len(x)), default=0)
         if largest >= size:
             raise ValueError(
                 f"the {feature} of task {task.name} hold the id {largest}, expected less than "
                 f"{size}, the size of the backbone's vocabulary"
-            )
-
-
-def _check_tokens(task: Any, records: Sequence[Mapping[str, Any]], folder: str) -> None:
-    """Raises unless most of a sample of cached tokens are those of the task's vocabulary.
-
-    In whatever order: of pieces that tie, TensorFlow Text may take others first. What preprocessors
-    left out or put in is no sign of another vocabulary.
-    """
-    for feature in _features(task):
-        vocabulary = task.output_features[feature].vocabulary
-        odd = total = 0
-        for record in records[:: max(1, len(records) // 32)]:
-            text = record.get(f"{feature}_pretokenized")
-            if text is None:
-                continue
-            found = Counter(i for i in record[feature].tolist() if i != EOS_ID)
-            odd += (found - Counter(vocabulary.encode(text.decode("utf-8")))).total()
-            total += found.total()
-        if 2 * odd > total:
-            raise ValueError(
-                f"the cache {folder!r} of {task.name} was tokenised by another vocabulary "
-                f"than the backbone's: make it anew, or leave out its folder"
             )
 
 
@@ -377,7 +330,21 @@ def _records(task: Any, split: str, lengths: Mapping[str, int] | None) -> list[d
         records = task.records(split)
     else:
         _check_vocabulary(task)
-        cached = cache_of(task, split)
+        cached = offline_cache.folder_of(task, split)
+        if cached is not None:
+            say(f"{task.name}: {split} is read from the cache {cached!r}")
+        records = _read(task, split, lengths, cached)
+        _check_ids(task, records)
+    if not records:
+        raise ValueError(f"task {task.name}, split {split!r}: there are no examples")
+    return records
+
+
+def _read(
+    task: Any, split: str, lengths: Mapping[str, int] | None, cached: str | None
+) -> list[dict[str, Any]]:
+    """A seqio task's records, from its cache or its source; what fails there is one sentence."""
+    try:
         dataset = _dataset(
             task,
             sequence_length=lengths,
@@ -387,11 +354,16 @@ def _records(task: Any, split: str, lengths: Mapping[str, int] | None) -> list[d
             trim_output_features=False,
         )
         records = list(track(_rows(dataset), f"{task.name}: reading {split}", "examples"))
-        if cached is not None:
-            _check_tokens(task, records, cached)
-        _check_ids(task, records)
-    if not records:
-        raise ValueError(f"task {task.name}, split {split!r}: there are no examples")
+    except (ValueError, MemoryError):
+        raise
+    except Exception as error:  # Of the task's own functions, or of TensorFlow.
+        said = re.sub(r"\{\{.*?\}\}\s*", "", str(error)).strip().split("\n")[0]
+        where = f"the cache {cached!r}" if cached else "its source or a preprocessor"
+        raise ValueError(
+            f"task {task.name}, split {split!r}: {where} failed: {type(error).__name__}: {said}"
+        ) from error
+    if cached is not None:
+        offline_cache.check_records(task, split, records)
     return records
 
 

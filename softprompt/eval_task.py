@@ -163,7 +163,13 @@ def _of_function(task: Any, function: Any, targets: Sequence[Any], outputs: Any)
     """What a metric function makes of predictions or of scores."""
     name = getattr(_plain(function), "__name__", function)
     with _calling(function, f"the metric {name!r} of the task {task.name}"):
-        return function(targets, outputs)
+        found = function(targets, outputs)
+    if not isinstance(found, Mapping):
+        raise ValueError(
+            f"the metric {name!r} of the task {task.name} gave {reprlib.repr(found)}, expected "
+            f"figures by name"
+        )
+    return found
 
 
 def _metric_objects(task: Any) -> tuple[dict[str, list[Any]], list[str]]:

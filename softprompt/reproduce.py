@@ -39,7 +39,10 @@ def describe(planned: Plan) -> Iterator[str]:
     yield from (f"reduced: {text}" for text in planned.reduced)
     yield from (f"run: {text}" for text in planned.runs)
     yield from (f"cannot be run: {text}" for text in planned.missing)
-    left = sum(not path.exists() for path in planned.done)
+    there = [path for path in planned.done if path.exists()]
+    for path in there:  # Refused now, as by the run.
+        checkpoint.read_object(path)
+    left = len(planned.done) - len(there)
     if planned.done:
         yield f"{len(planned.done)} results, {left} still to be made, in {planned.folder}"
     for group in planned.groups if left else ():

@@ -158,11 +158,13 @@ def import_modules(modules: str | Sequence[str] | None) -> None:
     for module in names:
         try:
             importlib.import_module(module)
-        except (ModuleNotFoundError, ValueError) as error:
-            hint = ""
+        except Exception as error:
+            hint, kind = "", ""
+            if not isinstance(error, ModuleNotFoundError | ValueError):
+                kind = f"{type(error).__name__}: "
             if "not registered" in str(error) and BUILTIN not in sys.modules:
                 hint = f"; the package's own tasks are there behind {BUILTIN!r}, named before it"
-            raise ValueError(f"MIXTURE_OR_TASK_MODULE {module!r}: {error}{hint}") from None
+            raise ValueError(f"MIXTURE_OR_TASK_MODULE {module!r}: {kind}{error}{hint}") from error
 
 
 def load_tasks(name: str, modules: str | Sequence[str] | None, user: UserData | None):

@@ -23,8 +23,19 @@ _KINDS = {
     INT: lambda x: isinstance(x, int | np.integer) and not isinstance(x, bool),
 }
 Example = dict[str, Any]
+# What a task gives a model, in this order.
+FEATURES = ("inputs", "targets")
 
 _vocabulary: str | None = None
+
+
+def features_of(task: Any) -> list[str]:
+    """Which of inputs and targets a seqio task has; one without targets is an error."""
+    found = [feature for feature in FEATURES if feature in task.output_features]
+    if "targets" not in found:
+        names = ", ".join(map(repr, task.output_features))
+        raise ValueError(f"task {task.name} has the features {names}, expected a feature 'targets'")
+    return found
 
 
 def use_vocabulary(path: Any) -> None:

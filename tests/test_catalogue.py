@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import seqio
 
-from softprompt import data, settings
+from softprompt import data, offline_cache, settings
 from softprompt.tasks import builtin, catalogue, registry, sources  # noqa: F401
 
 EMBEDDED = [name for name in catalogue.tasks if name.startswith("embedded_")]
@@ -89,7 +89,7 @@ def test_mixtures_have_the_rates_that_seqio_has():
 def test_seqio_reads_a_definition_where_it_has_caches(tmp_path, monkeypatch):
     monkeypatch.setattr(seqio.utils, "_GLOBAL_CACHE_DIRECTORIES", [str(tmp_path)])
     [(task, _)] = data.get_tasks(EMBEDDED[0])
-    assert isinstance(task, seqio.Task) and data.cache_of(task, "validation") is None
+    assert isinstance(task, seqio.Task) and offline_cache.folder_of(task, "validation") is None
 
 
 def test_a_field_of_another_kind_is_named():
@@ -196,3 +196,31 @@ def test_unknown_names_are_told_without_seqio():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "MIXTURE_OR_TASK_MODULE 'no_such_package.tasks': No module named" in done.stderr
     assert done.stdout == "False\n"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [("def f(:\n", "SyntaxError: invalid syntax"), ("1 / 0\n", "ZeroDivisionError: division")],
+)
+def test_a_module_of_tasks_that_cannot_be_imported_is_named(tmp_path, monkeypatch, text, message):
+    name = f"tasks_{len(text)}"
+    (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=f"MIXTURE_OR_TASK_MODULE '{name}': {message}"):
+        settings.import_modules(name)
+
+
+def test_a_source_that_is_not_there_is_one_sentence(vocabulary):
+    import seqio
+
+    from softprompt.tasks.features import FEATURES
+
+    seqio.TaskRegistry.add(
+        "absent_lines",
+        source=seqio.TextLineDataSource({"train": "/nowhere/lines.tsv"}),
+        preprocessors=[lambda ds: ds.map(lambda x: {"inputs": x, "targets": x})],
+        output_features=FEATURES,
+    )
+    [(task, _)] = data.get_tasks("absent_lines")
+    with pytest.raises(ValueError, match=r"task absent_lines, split 'train': .*/nowhere/lines.tsv"):
+        data.from_task(task, "train", {"inputs": 8, "targets": 8})

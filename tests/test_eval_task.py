@@ -235,6 +235,14 @@ def test_what_fails_in_a_tasks_own_functions_is_named_with_its_place(make, monke
         make([shouted])
 
 
+def test_a_metric_that_gives_no_figures_is_named(make):
+    def listed(targets, predictions):
+        return [1.0, 2.0]
+
+    with pytest.raises(ValueError, match=r"the metric 'listed' of .* gave \[1.0, 2.0\], expected"):
+        make([listed]).figures(["a"] * 6)
+
+
 def test_a_metric_object_that_fails_is_named(make):
     class Broken(Tokens):
         def compute(self):

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import os
+import pathlib
 
 import numpy as np
 import pytest
@@ -268,6 +270,44 @@ def test_seqios_offline_cache_takes_the_place_of_source_and_tokenisation(
     np.testing.assert_array_equal(examples.targets[0], expected.targets[0])
     with pytest.raises(ValueError, match="of cached_task has no split 'validation'"):
         data.from_task(cached_task, "validation", lengths)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:20])
+
+
+def with_info(**changes):
+    """Damage to a cache: other entries in its `info.train.json`; None takes one out."""
+
+    def change(path):
+        found = {**json.loads(path.read_text()), **changes}
+        path.write_text(json.dumps({k: v for k, v in found.items() if v is not None}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "file, damage, message",
+    [
+        ("info.train.json", cut, "info.train.json', of an offline cache, cannot be read"),
+        ("info.train.json", with_info(num_shards=None), "num_shards is None, expected a number"),
+        ("info.train.json", with_info(num_shards=2), "lacks '.*train.tfrecord-00000-of-00002'"),
+        ("info.train.json", with_info(seqio_version="abc"), "seqio_version is 'abc', expected"),
+        ("info.train.json", with_info(features={}), "the feature 'inputs' is None, expected 'int3"),
+        ("stats.train.json", os.remove, "failed: NotFoundError: .*stats.train.json"),
+        ("train.tfrecord-00000-of-00001", os.remove, "lacks '.*train.tfrecord-00000-of-00001'"),
+        ("train.tfrecord-00000-of-00001", cut, "the cache .* failed: DataLossError: "),
+        (
+            "stats.train.json",
+            lambda path: path.write_text('{"examples": 2}'),
+            "holds 1 examples of 'train', '.*stats.train.json' says 2",
+        ),
+    ],
+)
+def test_a_damaged_cache_is_named(cached_task, file, damage, message):
+    damage(pathlib.Path(cached_task.cache_dir) / file)
+    with pytest.raises(ValueError, match=message):
+        data.from_task(cached_task, "train", {"inputs": 16, "targets": 8})
 
 
 def test_a_cache_of_another_vocabulary_is_refused(cached_task):
