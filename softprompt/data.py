@@ -354,8 +354,10 @@ def _read(
             trim_output_features=False,
         )
         records = list(track(_rows(dataset), f"{task.name}: reading {split}", "examples"))
-    except (ValueError, MemoryError):
+    except MemoryError:
         raise
+    except ValueError as error:  # A sentence of seqio's.
+        raise ValueError(f"task {task.name}, split {split!r}: {error}") from error
     except Exception as error:  # Of the task's own functions, or of TensorFlow.
         said = re.sub(r"\{\{.*?\}\}\s*", "", str(error)).strip().split("\n")[0]
         where = f"the cache {cached!r}" if cached else "its source or a preprocessor"

@@ -218,7 +218,10 @@ def test_a_source_that_is_not_there_is_one_sentence(vocabulary):
     seqio.TaskRegistry.add(
         "absent_lines",
         source=seqio.TextLineDataSource({"train": "/nowhere/lines.tsv"}),
-        preprocessors=[lambda ds: ds.map(lambda x: {"inputs": x, "targets": x})],
+        preprocessors=[
+            lambda dataset: dataset.map(lambda x: {"inputs": x, "targets": x}),
+            seqio.preprocessors.tokenize,
+        ],
         output_features=FEATURES,
     )
     [(task, _)] = data.get_tasks("absent_lines")
