@@ -435,10 +435,7 @@ def report(run: Run, found: Need, limit: int | None) -> str:
             lines.append(f"  {title:28} {getattr(found, name) / gib:9.3f}")
     lines.append(f"  {'peak':28} {found.peak / gib:9.3f}")
     if run.device.platform == "cpu":
-        lines.append(
-            "on a CPU the process itself takes half a GiB besides, and its heap now and then room "
-            "for a second step"
-        )
+        lines.append("on a CPU the process itself takes up to half a GiB besides")
     if limit is None:
         lines.append("the device's memory is not known: give --device_memory=80GiB")
         return "\n".join(lines)
