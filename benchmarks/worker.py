@@ -72,16 +72,16 @@ class Ours:
     def __init__(self, settings: dict):
         import jax
 
+        from softprompt import heap
+
         # Before the first device is asked for: see `--cpu_devices` of the command line.
+        heap.keep()  # As `softprompt train` does.
         jax.config.update("jax_num_cpu_devices", settings["cpu_devices"])
         if (found := jax.default_backend()) != settings["device"]:
             raise ValueError(
                 f"JAX computes on the {found}, expected the {settings['device']}: install its "
                 f"build for that device"
             )
-        from softprompt import heap
-
-        heap.keep()  # As `softprompt train` does.
         from softprompt import (
             backbone,
             data,

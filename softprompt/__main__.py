@@ -4,13 +4,16 @@ import argparse
 import functools
 import os
 import pathlib
+import re
 import signal
 import sys
 from collections.abc import Sequence
 
-from softprompt import heap
+from softprompt import heap, mistakes
 
 GIN_COMMANDS = ("train", "population", "eval", "infer", "baseline", "sweep", "transfer")
+# Settings that say where files lie, which may be each host's own affair; their content is not.
+PLACE = re.compile(r"(^|[._])(dir|path|files?|corpus|trial_prompt)$", re.IGNORECASE)
 # Commands that several processes can run together, and how they find each other.
 JOB_COMMANDS = ("train", "eval")
 JOB_FLAGS = ("coordinator_address", "num_processes", "process_id", "distributed")
@@ -284,10 +287,8 @@ def _run_gin(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> int:
         return 0 if of_many[args.command](*parsed) else STOPPED
     config.parse(*parsed)
     _use_data(args)
-    # Where files lie may be each host's own affair: what is in them is compared later.
     settings = config.settings_in(config.operative())
-    alike = {k: v for k, v in settings.items() if not k.endswith(("_DIR", "_PATH", "_FILE"))}
-    hosts.agree("settings", alike)
+    hosts.agree("settings", {k: v for k, v in settings.items() if not PLACE.search(k)})
     with config.errors():
         found = config.configured(getattr(launch, args.command))()
     return STOPPED if args.command == "train" and found.interrupted else 0
@@ -443,33 +444,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             print("\n".join(convert.inspect(**options)))
         return 0
-    except ValueError as error:
-        _clear_bar()
-        said = str(error).replace("--gin.IGNORE_FINGERPRINT: ", "--ignore_fingerprint: ")
-        print(f"softprompt: {said}", file=sys.stderr, flush=True)
-        return 2
-    except RuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+    except BaseException as error:
+        told = mistakes.told(error)
+        if told is None:
             raise
+        sentence, code = told
         _clear_bar()
-        said = str(error).splitlines()[0]
-        print(
-            f"softprompt: the memory of the devices does not suffice ({said}); `softprompt train … "
-            f"--dry_run` says what a run needs, and what fits",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
-        return 2
-    except OSError as error:
-        # Of files that a user named: the modules name what is wrong with all others.
-        if not error.filename:
-            raise
-        _clear_bar()
-        print(f"softprompt: {error.filename!r}: {error.strerror}", file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        _clear_bar()
-        print("softprompt: interrupted", file=sys.stderr)
-        return 130
+        print(f"softprompt: {sentence}", file=sys.stderr, flush=True)
+        return code
 
 
 def command() -> None:

@@ -148,7 +148,16 @@ def arguments(function: Callable) -> dict[str, Any]:
         for name, parameter in inspect.signature(function).parameters.items()
         if parameter.default is not parameter.empty
     }
-    return defaults | gin.get_bindings(function)
+    name = f"launch.{function.__name__}"
+    try:
+        found = defaults | gin.get_bindings(function)
+    except ValueError:
+        raise ValueError(
+            f"no gin file given sets {name}; add one such as --gin_file=runs/prompt_finetune.gin"
+        ) from None
+    if missing := [k for k in inspect.signature(function).parameters if k not in found]:
+        raise ValueError(f"no gin file given sets {name}.{missing[0]}, which it needs")
+    return found
 
 
 @contextlib.contextmanager

@@ -365,7 +365,7 @@ def _read(
             f"task {task.name}, split {split!r}: {where} failed: {type(error).__name__}: {said}"
         ) from error
     if cached is not None:
-        offline_cache.check_records(task, split, records)
+        offline_cache.check_tokens(task, records)
     return records
 
 

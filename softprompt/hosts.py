@@ -7,10 +7,10 @@ says: no other branch exists for one host.
 
 import contextlib
 import json
+import math
 import os
 import pickle
 import re
-import reprlib
 import signal
 import sys
 import threading
@@ -24,6 +24,8 @@ import numpy as np
 from jax._src import distributed  # The coordination service's store has no public name.
 from jax.experimental import multihost_utils
 
+from softprompt import mistakes
+
 T = TypeVar("T")
 # Seconds in which all processes of a job must have started, and those between two lines meanwhile.
 START_TIMEOUT, REMINDER = 300, 15
@@ -32,6 +34,7 @@ LAST_WORDS = 3
 # What processes agree on, in this order, or where they tell each other why not; and that they fail.
 AGREEMENTS = ("settings", "data")
 FAILED = "failed"
+_agreed: set[str] = set()
 # How the errors of a job's communication begin, of whichever class.
 LOST = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")
 # A process that has sent no sign of life for so many seconds is lost, and the others end.
@@ -143,22 +146,31 @@ def agree(what: str, own: Mapping[str, Any]) -> None:
       own: what must be the same, by name; compared as texts.
     """
     _, count = _place()
-    if count == 1:
+    if count == 1 or what in _agreed:
         return
     _tell(what, json.dumps({"own": {name: f"{value}" for name, value in own.items()}}))
-    first = None
-    for number in range(count):
-        told = json.loads(_told(what, number))
+    every = [json.loads(_told(what, number)) for number in range(count)]
+    for number, told in enumerate(every):
         if "error" in told:
-            raise ValueError(f"process {number} of {count}: {told['error']}")
-        first = first or told["own"]
-        for name in {**first, **told["own"]}:
-            here, there = (reprlib.repr(x.get(name, "nothing"))[1:-1] for x in (told["own"], first))
-            if told["own"].get(name) != first.get(name):
+            error, who = told["error"], f"process {number} of {count}"
+            raise ValueError(error if error.startswith("process ") else f"{who}: {error}")
+    for number, told in enumerate(every):
+        here, there = told["own"], every[0]["own"]
+        for name in {**there, **here}:
+            if here.get(name) != there.get(name):
+                differ = _apart(here.get(name, "nothing"), there.get(name, "nothing"))
                 raise ValueError(
-                    f"process {number} of {count} has {name} {here}, process 0 has {there}: start "
-                    f"all processes with the same settings and data"
+                    f"process {number} of {count} has {name} {differ[0]}, process 0 has "
+                    f"{differ[1]}: start all processes with the same settings and data"
                 )
+    _agreed.add(what)
+
+
+def _apart(*texts: str) -> list[str]:
+    """Texts that differ, from a little before where they begin to, and not all too long."""
+    at = max(0, len(os.path.commonprefix(texts)) - 20)
+    cut = [f"…{text[at:]}" if at else text for text in texts]
+    return [f"{text[:60]}…" if len(text) > 61 else text for text in cut]
 
 
 def _tell(what: str, text: str) -> None:
@@ -167,8 +179,11 @@ def _tell(what: str, text: str) -> None:
         distributed.global_state.client.key_value_set(f"softprompt/{what}/{_place()[0]}", text)
 
 
-def _told(what: str, number: int, seconds: float = START_TIMEOUT) -> str:
-    """What process `number` tells; waits for it. Ctrl-C is heard between two attempts."""
+def _told(what: str, number: int, seconds: float = math.inf) -> str:
+    """What process `number` tells; waits for it, which is lost if its heart stops, or `seconds`.
+
+    Ctrl-C is heard between two attempts.
+    """
     last = time.monotonic() + seconds
     client, key = distributed.global_state.client, f"softprompt/{what}/{number}"
     while True:
@@ -217,7 +232,7 @@ def shared(function: Callable[[], T]) -> T:
             outcome = (None, error)
     content = pickle.dumps(outcome) if first() else b""
     # Two numbers: devices count in 32 bits.
-    high, low = multihost_utils.broadcast_one_to_all(np.int32(divmod(len(content), CHUNK)))
+    high, low = multihost_utils.broadcast_one_to_all(np.int32(divmod(len(content), CHUNK)), first())
     size = int(high) * CHUNK + int(low)
     received = bytearray()
     for at in range(0, size, CHUNK):
@@ -225,7 +240,7 @@ def shared(function: Callable[[], T]) -> T:
         piece = np.zeros(min(CHUNK, size - at), np.uint8)
         if first():
             piece[:] = np.frombuffer(content, np.uint8, len(piece), at)
-        received += multihost_utils.broadcast_one_to_all(piece).tobytes()
+        received += multihost_utils.broadcast_one_to_all(piece, first()).tobytes()
     value, error = pickle.loads(received)
     if error is not None:
         raise error
@@ -249,22 +264,22 @@ def job(**flags: Any) -> Iterator[None]:
     except BaseException as error:
         if not several():
             raise
-        reason = _reason(error)
+        reason, code = _reason(error)
         print(f"softprompt: {reason}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
-        _leave_together(reason)
-        if isinstance(error, KeyboardInterrupt):
-            os._exit(130)
-        os._exit(2 if reason == str(error) else 1)
+        # Before all have agreed, the others come to where they hear of it.
+        soon = isinstance(error, KeyboardInterrupt) or len(_agreed) == len(AGREEMENTS)
+        _leave_together(reason, LAST_WORDS if soon else START_TIMEOUT)
+        os._exit(code)
 
 
-def _leave_together(reason: str) -> None:
-    """Waits a moment for others that fail, too; the first, who hosts them, is the last to leave."""
+def _leave_together(reason: str, seconds: float) -> None:
+    """Waits for others that fail, too; the first, who hosts them, is the last to leave."""
     for what in AGREEMENTS:
         _tell(what, json.dumps({"error": reason}))
     _tell(FAILED, reason)
-    last = time.monotonic() + LAST_WORDS
+    last = time.monotonic() + seconds
     with contextlib.suppress(jax.errors.JaxRuntimeError, KeyboardInterrupt):
         for number in range(_place()[1]):
             _told(FAILED, number, last - time.monotonic())
@@ -272,17 +287,16 @@ def _leave_together(reason: str) -> None:
             time.sleep(0.5)
 
 
-def _reason(error: BaseException) -> str:
+def _reason(error: BaseException) -> tuple[str, int]:
+    """What is said of the error, and the exit code."""
     who = "process {} of {}".format(*_place())
-    if isinstance(error, ValueError) and not LOST.match(str(error)):
-        return str(error)
-    if isinstance(error, KeyboardInterrupt):
-        return f"{who}: interrupted"
-    text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    if not isinstance(error, jax.errors.JaxRuntimeError | ValueError):
-        return "\n" + "".join(traceback.format_exception(error))
-    return (
-        f"{who} stops: work that spans the "
-        f"processes failed, most likely because another one was lost ({text}). Start the job "
-        f"again: it goes on from its last checkpoint"
-    )
+    if LOST.match(str(error)):
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        return (
+            f"{who} stops: work that spans the processes failed, most likely because another one "
+            f"was lost ({text}). Start the job again: it goes on from its last checkpoint",
+            1,
+        )
+    if told := mistakes.told(error):
+        return (f"{who}: {told[0]}" if told[1] == 130 else told[0]), told[1]
+    return f"{who} failed\n" + "".join(traceback.format_exception(error)), 1

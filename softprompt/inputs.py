@@ -80,8 +80,8 @@ def batches(
         )
         if count >= packing.TOO_MANY * batch_size:
             say(
-                f"packing: that is more than BATCH_SIZE {batch_size}, for {packed.shape[0]} rows "
-                f"are the fewest (data partitions x microbatches divide them)"
+                f"packing: that is {count / batch_size:.1f} times BATCH_SIZE {batch_size}; shorter "
+                f"rows (PACK_LENGTH), or fewer data partitions and microbatches, come closer"
             )
         return packed
     own = partition.local_rows(mesh, batch_size)

@@ -260,8 +260,6 @@ def train(
             return {"loss": float(np.mean(found))}
         return evaluation.evaluate(predictor, flat, held_out, folder / "eval", step)
 
-    if pack_length:
-        pack_length = batches.length
     about = prompt.describe(
         backbone, mixture_or_task_name, prompt_length, prompt_init, loss, seed, deep,
         reparameterisation,
@@ -295,7 +293,8 @@ def train(
         # Else what the backbone's weights tell.
         "dtype": dtype if weights == "int8" else None,
     }
-    hosts.agree("data", identity)
+    read = ("backbone_fingerprint", "examples", "held_out", "shards", "labels", "rates")
+    hosts.agree("data", {name: identity[name] for name in read})
     training.check_resumable(folder, identity, train_steps)
     task_labels = {task.name: own for (task, _), own in zip(tasks, class_labels, strict=True)}
     # What an initial prompt was chosen by is no part of the run's identity: rounding may change it.

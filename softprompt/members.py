@@ -42,8 +42,8 @@ AXES = {
 }
 # Of the population: what one of its members would have for itself does nothing.
 PLAN = (*AXES, "MEMBERS", "POPULATION_DIR", "MODEL_DIR")
-# Letters of a member's name; more than twice as many bytes are no name to a file system.
-LONGEST = 100
+# Bytes of a member's name; file systems have names of 255.
+LONGEST = 200
 SHOWN = (TASK, "PROMPT_LENGTH", "LEARNING_RATE", SEED)
 Settings = Mapping[str, Any]
 
@@ -114,8 +114,9 @@ def name_of(own: Settings) -> str:
             text = pathlib.PurePath(value).stem if setting == INIT else str(value)
             parts.append(words.get(setting, setting.lower() + "_") + text)
     name = re.sub(r"[^\w.+-]+", "_", "-".join(parts)) or "member"
-    if len(name) > LONGEST:
-        name = f"{name[:LONGEST]}-{hashlib.sha256(repr(own).encode()).hexdigest()[:8]}"
+    if len(name.encode()) > LONGEST:
+        digest = hashlib.sha256(repr(sorted(own.items())).encode()).hexdigest()[:8]
+        name = f"{name.encode()[:LONGEST].decode(errors='ignore')}-{digest}"
     return name
 
 

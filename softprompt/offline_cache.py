@@ -68,21 +68,7 @@ def _object(path: str) -> dict[str, Any]:
     return found
 
 
-def check_records(task: Any, split: str, records: Sequence[Mapping[str, Any]]) -> None:
-    """Raises unless what was read from a cache is all of it, and of the task's vocabulary."""
-    import seqio
-
-    path = seqio.utils.get_cached_stats_path(task.cache_dir, split)
-    count = _object(path).get("examples")
-    if count != len(records):
-        raise ValueError(
-            f"the cache {task.cache_dir!r} of {task.name} holds {len(records)} examples of "
-            f"{split!r}, {path!r} says {count}: make it anew"
-        )
-    _check_tokens(task, records)
-
-
-def _check_tokens(task: Any, records: Sequence[Mapping[str, Any]]) -> None:
+def check_tokens(task: Any, records: Sequence[Mapping[str, Any]]) -> None:
     """Raises unless most of a sample of cached tokens are those of the task's vocabulary.
 
     In whatever order: of pieces that tie, TensorFlow Text may take others first. What preprocessors

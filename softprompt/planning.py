@@ -246,25 +246,24 @@ def outcomes(
     None, the last one, stands for a run that SIGTERM stopped. `what` is a run called.
     """
     spent: list[float] = []
-    with data.keeping_records():
-        for number, run in enumerate(planned, 1):
-            binary = configure(run, files, bindings, search_paths)
-            if found := finished(run):
-                yield found, False
-                continue
-            left = ""
-            if spent:
-                seconds = sum(spent) / len(spent) * (len(planned) - number + 1)
-                left = f", about {duration(seconds)} left"
-            say(f"--- {what} {number}/{len(planned)}: {run}{left}")
-            made = do(run, binary)
-            training.clear_caches()
-            if made is None:
-                say(f"stopped during {run}; the same command goes on from here")
-                yield None, True
-                return
-            spent.append(made.seconds)
-            yield made, True
+    for number, run in enumerate(planned, 1):
+        binary = configure(run, files, bindings, search_paths)
+        if found := finished(run):
+            yield found, False
+            continue
+        left = ""
+        if spent:
+            seconds = sum(spent) / len(spent) * (len(planned) - number + 1)
+            left = f", about {duration(seconds)} left"
+        say(f"--- {what} {number}/{len(planned)}: {run}{left}")
+        made = do(run, binary)
+        training.clear_caches()
+        if made is None:
+            say(f"stopped during {run}; the same command goes on from here")
+            yield None, True
+            return
+        spent.append(made.seconds)
+        yield made, True
 
 
 def do(run: Run, binary: str) -> Outcome | None:

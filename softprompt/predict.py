@@ -21,6 +21,7 @@ from softprompt import (
     data,
     eval_task,
     evaluation,
+    hosts,
     lengths,
     partition,
     provenance,
@@ -118,6 +119,13 @@ def eval(
     ]
     if beams > 1 and eval_mode == evaluation.RANK and None not in [task.labels for task in tasks]:
         raise ValueError(f"BEAMS is {beams}, but EVAL_MODE 'rank' ranks labels: leave out one")
+    prompts = {path: x for path, x in flat.items() if path.startswith("prompt/")}
+    own = {
+        "backbone_fingerprint": backbone.fingerprint,
+        "prompt_fingerprint": tree.fingerprint(prompts) if prompts else None,
+        "examples": data.fingerprint([task.examples for task in tasks]),
+    }
+    hosts.agree("data", own)
     for task in tasks:
         if message := data.cut_message(task.examples, task_feature_lengths):
             say(message)

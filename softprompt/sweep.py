@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from softprompt import checkpoint, config, content, page, planning, provenance, report
+from softprompt import checkpoint, config, content, data, launch, page, planning, provenance, report
 from softprompt.logbook import say
 from softprompt.report_many import folder_name
 from softprompt.settings import check_kinds, check_path
@@ -113,13 +113,14 @@ def sweep(
         _check_task(run)
     planning.check_known(bindings, names)
     outcomes: list[planning.Outcome] = []
-    for outcome, new in planning.outcomes(planned, files, bindings, search_paths, "run"):
-        if outcome is None:
-            return False
-        _check_figures(outcome)
-        outcomes.append(outcome)
-        if new:
-            write(spec, outcomes)
+    with data.keeping_records():
+        for outcome, new in planning.outcomes(planned, files, bindings, search_paths, "run"):
+            if outcome is None:
+                return False
+            _check_figures(outcome)
+            outcomes.append(outcome)
+            if new:
+                write(spec, outcomes)
     table = write(spec, outcomes)
     say(f"{table}\n{len(outcomes)} runs in {spec.folder}: report.html, results.csv, plot.png")
     return True
@@ -130,7 +131,8 @@ def _check_task(run: planning.Run) -> None:
     macros = config.macros()
     with planning.naming(run):
         tasks = content.tasks(macros)
-        if macros["BINARY"] == "train" or macros["METHOD"] != "none":
+        method = config.arguments(launch.baseline)["method"] if macros["BINARY"] != "train" else ""
+        if method != "none":
             planning.check_split(tasks, "train")
         if held_out := [task for task in tasks if macros["EVAL_SPLIT"] in task.splits]:
             planning.check_split(held_out, macros["EVAL_SPLIT"])

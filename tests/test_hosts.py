@@ -267,6 +267,12 @@ def test_who_waits_for_the_others_says_so_and_hears_ctrl_c():
             assert last[0].startswith("softprompt: the job of several processes did not start: ")
 
 
+def test_what_differs_is_shown_where_it_differs():
+    assert hosts._apart("1", "20") == ["1", "20"]
+    here, there = hosts._apart("x" * 90 + "a" + "y" * 90, "x" * 90 + "b")
+    assert here == "…" + "x" * 20 + "a" + "y" * 38 + "…" and there == "…" + "x" * 20 + "b"
+
+
 def test_flags_that_do_not_fit_together_are_named():
     with pytest.raises(ValueError, match="got no --num_processes, --process_id; --distributed"):
         hosts.start("127.0.0.1:1234")

@@ -117,9 +117,9 @@ def test_a_population_leaves_what_each_run_alone_leaves(tmp_path, capsys):
 
 
 def test_long_settings_make_no_long_names():
-    texts = ["a" * 300, "a" * 299 + "b"]
+    texts = ["a" * 300, "a" * 299 + "b", "好" * 90]
     names = [members.name_of({"PROMPT_TEXT": text}) for text in texts]
-    assert len(set(names)) == 2 and all(len(name) < 120 for name in names)
+    assert len(set(names)) == 3 and all(len(name.encode()) < 256 for name in names)
 
 
 def test_mistakes_name_the_member(tmp_path, capsys):

@@ -466,6 +466,13 @@ def test_what_a_run_would_refuse_is_refused(name, value, capsys):
     assert f"{name} is {value!r}, " in said and len(said.splitlines()) == 1
 
 
+def test_a_run_without_its_file_is_told_which_kind_it_lacks(capsys):
+    from softprompt.__main__ import main
+
+    assert main(["train", "--gin_file=models/t5_1_1_embedded.gin", "--dry_run"]) == 2
+    assert "no gin file given sets launch.train; add one such as" in capsys.readouterr().err
+
+
 def test_sizes_are_read_with_their_units():
     assert memory.parse_size("80GiB") == 80 * 2**30 and memory.parse_size("1.5 GB") == 1.5e9
     for text in ("80 cows", "80"):

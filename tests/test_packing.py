@@ -69,7 +69,7 @@ def test_rows_longer_than_a_batch_are_filled_and_said(capsys):
     packed = inputs.batches([part], [1.0], 2, 0, slots, mesh, pack_length=1024)
     share, count = packed.fill()
     assert share >= 0.9 and count > 15
-    assert "more than BATCH_SIZE 2, for 1 rows are the fewest" in capsys.readouterr().out
+    assert " times BATCH_SIZE 2; shorter rows (PACK_LENGTH)" in capsys.readouterr().out
 
 
 def test_the_row_length_found_keeps_to_the_batch_size():

@@ -151,6 +151,15 @@ def test_mistakes_are_found_before_a_run(small, tmp_path, capsys, monkeypatch, f
     assert not (tmp_path / "out").exists()
 
 
+def test_a_baseline_may_be_bound_without_macros(small, tmp_path, capsys):
+    text = (config.GIN_FOLDER / "runs/baseline.gin").read_text()
+    text = text.replace("METHOD = %gin.REQUIRED\n", "").replace("%METHOD", "'majority'")
+    (tmp_path / "own.gin").write_text(text)
+    lines = "--gin.LINES={'': ['own.gin', 'BINARY=baseline']}"
+    assert main(["sweep", *small[:-1], lines, "--gin.SEEDS=[0]"]) == 0
+    assert "2 runs in" in capsys.readouterr().out
+
+
 def test_a_flag_goes_over_what_suits_a_task_and_under_the_points(small):
     files, search = [MODEL, "small.gin"], [small[2].split("=", 1)[1]]
     given = [("SWEEP_DIR", "out"), ("TASK_FEATURE_LENGTHS", "{'inputs': 9, 'targets': 4}"),

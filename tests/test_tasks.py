@@ -297,11 +297,6 @@ def with_info(**changes):
         ("stats.train.json", os.remove, "failed: NotFoundError: .*stats.train.json"),
         ("train.tfrecord-00000-of-00001", os.remove, "lacks '.*train.tfrecord-00000-of-00001'"),
         ("train.tfrecord-00000-of-00001", cut, "the cache .* failed: DataLossError: "),
-        (
-            "stats.train.json",
-            lambda path: path.write_text('{"examples": 2}'),
-            "holds 1 examples of 'train', '.*stats.train.json' says 2",
-        ),
     ],
 )
 def test_a_damaged_cache_is_named(cached_task, file, damage, message):
