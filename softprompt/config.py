@@ -150,11 +150,14 @@ def arguments(function: Callable) -> dict[str, Any]:
     }
     name = f"launch.{function.__name__}"
     try:
-        found = defaults | gin.get_bindings(function)
-    except ValueError:
+        bound = gin.get_bindings(function)
+    except ValueError:  # gin has never heard of it.
+        bound = {}
+    if not bound:
         raise ValueError(
             f"no gin file given sets {name}; add one such as --gin_file=runs/prompt_finetune.gin"
-        ) from None
+        )
+    found = defaults | bound
     if missing := [k for k in inspect.signature(function).parameters if k not in found]:
         raise ValueError(f"no gin file given sets {name}.{missing[0]}, which it needs")
     return found
