@@ -113,6 +113,7 @@ def main() -> None:
     if args.one:
         if args.keep:
             heap.keep()  # Before the mesh asks for devices.
+            heap.compute_within_calls()
         run = run_of(args, args.batch[0])
         print(json.dumps([memory.need(run).peak, measure(run)]))
         return

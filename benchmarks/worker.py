@@ -75,7 +75,7 @@ class Ours:
         from softprompt import heap
 
         # Before the first device is asked for: see `--cpu_devices` of the command line.
-        heap.keep()  # As `softprompt train` does.
+        heap.keep()  # As all commands do.
         jax.config.update("jax_num_cpu_devices", settings["cpu_devices"])
         if (found := jax.default_backend()) != settings["device"]:
             raise ValueError(

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from softprompt import heap, mistakes
 
 GIN_COMMANDS = ("train", "population", "eval", "infer", "baseline", "sweep", "transfer")
+TRAINING = ("train", "population", "sweep", "transfer")
 # Settings that say where files lie, which may be each host's own affair; their content is not.
 PLACE = re.compile(r"(^|[._])(dir|path|files?|corpus|trial_prompt)$", re.IGNORECASE)
 # Commands that several processes can run together, and how they find each other.
@@ -315,6 +316,7 @@ def _use_data(args: argparse.Namespace) -> None:
 
 def _reproduce(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> int:
     heap.keep()
+    heap.compute_within_calls()
     _use_data(args)
     from softprompt import experiments, reproduce
 
@@ -396,6 +398,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from softprompt import hosts
 
             heap.keep()
+            if args.command in TRAINING:
+                heap.compute_within_calls()
             _split_cpu(args.cpu_devices)
             with hosts.job(**{name: getattr(args, name, None) for name in JOB_FLAGS}):
                 return _run_gin(args, bindings)
@@ -405,6 +409,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from softprompt import quickstart
 
             heap.keep()
+            heap.compute_within_calls()
             done = quickstart.run(args.output_dir, args.task, args.steps, args.seed)
             return 0 if done else STOPPED
         if args.command == "vocabulary":

@@ -15,14 +15,7 @@ def keep(huge_after: float = 30.0) -> None:
     XLA's CPU client frees and allocates a step's temporaries at every step: by default each time
     from fresh pages, whose faults took a quarter of a pre-training step. What the heap has grown to
     after `huge_after` seconds, and every minute from then on, is put into huge pages.
-
-    To be called before JAX has devices: a CPU then computes within the call that asks for it. Else
-    the next step's temporaries are taken while the last one's are still there, and what lies
-    between them keeps the heap from being used again: it grew to five steps' temporaries.
     """
-    import jax  # `softprompt --help` does without.
-
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
     if not sys.platform.startswith("linux"):
         return
     try:
@@ -42,6 +35,18 @@ def keep(huge_after: float = 30.0) -> None:
             time.sleep(60)
 
     threading.Thread(target=collapse, name="huge pages", daemon=True).start()
+
+
+def compute_within_calls() -> None:
+    """Has a CPU compute within the call that asks for it; before JAX has devices, for trainings.
+
+    Else a step's temporaries are taken while the last one's are still there, and what lies between
+    them keeps the heap that `keep` keeps from being used again: it grew to five steps' temporaries.
+    Decoding alone is faster without.
+    """
+    import jax  # `softprompt --help` does without.
+
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def _into_huge_pages() -> None:
