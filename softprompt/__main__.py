@@ -401,7 +401,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if args.command in TRAINING:
                 heap.compute_within_calls()
             _split_cpu(args.cpu_devices)
-            with hosts.job(**{name: getattr(args, name, None) for name in JOB_FLAGS}):
+            flags = {name: getattr(args, name, None) for name in JOB_FLAGS}
+            with hosts.job(agrees=True, **flags):
                 return _run_gin(args, bindings)
         if args.command == "reproduce":
             return _reproduce(args, bindings)

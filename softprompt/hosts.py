@@ -248,8 +248,11 @@ def shared(function: Callable[[], T]) -> T:
 
 
 @contextlib.contextmanager
-def job(**flags: Any) -> Iterator[None]:
+def job(agrees: bool = False, **flags: Any) -> Iterator[None]:
     """`start`, and within it this process's part of the job; at its end waits for the others.
+
+    `agrees` says that every process comes to all `AGREEMENTS`: one that fails before waits for the
+    others to hear of it there.
 
     A process that fails says why and leaves: its closed connections tell the others, which would
     wait for it for ever. Where all fail at once they leave together. Alone, an exception passes
@@ -268,9 +271,8 @@ def job(**flags: Any) -> Iterator[None]:
         print(f"softprompt: {reason}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
-        # Before all have agreed, the others come to where they hear of it.
-        soon = isinstance(error, KeyboardInterrupt) or len(_agreed) == len(AGREEMENTS)
-        _leave_together(reason, LAST_WORDS if soon else START_TIMEOUT)
+        pending = agrees and code == 2 and len(_agreed) < len(AGREEMENTS)
+        _leave_together(reason, START_TIMEOUT if pending else LAST_WORDS)
         os._exit(code)
 
 
