@@ -18,12 +18,10 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
-import json
 import math
 import os
 import pathlib
 import platform
-import re
 import subprocess
 import sys
 import tempfile
@@ -32,8 +30,8 @@ import time
 import numpy as np
 from peers_record import Progress, Record
 from peers_report import filled, report
+from peers_side import Failed, Side, Worker, last_error
 
-HERE = pathlib.Path(__file__).parent
 TASKS = ("rte", "wic", "boolq")
 # (side, case, layout) measured for each task.
 CASES = (
@@ -106,52 +104,6 @@ ENVIRONMENT_OF = {
     "cpu": {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""},
     "gpu": {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
 }
-
-
-class Failed(Exception):
-    """A side's worker ended; the message says of what."""
-
-
-class Worker:
-    """A side in its own process."""
-
-    def __init__(self, python: str, settings: dict):
-        script = "t5x_worker.py" if settings["side"] == "t5x" else "worker.py"
-        # A file: a pipe that nobody reads would fill up.
-        self._errors = tempfile.TemporaryFile("w+")
-        self._process = subprocess.Popen(
-            [python, str(HERE / script), json.dumps(settings)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-        )
-
-    def ask(self, **call) -> dict:
-        """The answer to a call; the worker's own message where it failed."""
-        try:
-            print(json.dumps(call), file=self._process.stdin, flush=True)
-            line = self._process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            self._process.wait()
-            self._errors.seek(0)
-            raise Failed(f"{' '.join(map(str, call.values()))}: {last_error(self._errors.read())}")
-        return json.loads(line)
-
-    def close(self) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        self._process.wait()
-        self._errors.close()
-
-
-def last_error(text: str) -> str:
-    """The message that a traceback ends with, on one line; the last line where there is none."""
-    lines = text.strip().splitlines() or ["the worker ended and said nothing"]
-    heads = [i for i, line in enumerate(lines) if re.match(r"[A-Za-z_][\w.]*(: |$)", line)]
-    return " ".join(" ".join(lines[heads[-1] if heads else -1 :]).split())[:600]
 
 
 def write_tokens(path: pathlib.Path, data_dir: str, vocabulary_file: str) -> None:
@@ -312,7 +264,7 @@ def lost(side: str, error: Failed, record: Record, progress: Progress) -> None:
 
 
 def measure(
-    workers: dict[str, Worker], tasks: list[str], repetitions: int, record: Record,
+    workers: dict[str, Side], tasks: list[str], repetitions: int, record: Record,
     progress: Progress,
 ) -> None:  # fmt: skip
     """Examples per second of every case that the record lacks, into it.
@@ -446,6 +398,7 @@ def main() -> None:
             "remat": args.remat, "batch_size": args.batch_size, "decode_length": args.decode_length,
             # By length there are few, and the longest take most of the time.
             "batches": args.batches, "decode_batches": 2 * args.batches, "cpu_time": args.cpu_time,
+            "training": True,
             "cpu_devices": math.gcd(args.batch_size, cores),
         }  # fmt: skip
         local = {**common, "tokens": str(tokens)}
@@ -493,7 +446,7 @@ def main() -> None:
             # On a GPU one after the other: its memory holds one of them.
             turns = [sides] if args.device == "cpu" else [{k: v} for k, v in sides.items()]
             for together in turns:
-                workers = {side: Worker(*found) for side, found in together.items()}
+                workers = {side: Side(*found) for side, found in together.items()}
                 measure(workers, tasks, args.repetitions, record, progress)
                 for worker in workers.values():
                     worker.close()

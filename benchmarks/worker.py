@@ -7,7 +7,8 @@ SETTINGS is a JSON object: `side` (ours, peft; T5X has `t5x_worker.py`, with the
 `peers.py`), `dtype`, `weights` and `remat` (of ours), `batch_size`, `prompt_length`,
 `decode_length`, `batches` (of a case), `decode_batches` (where inputs are decoded by length),
 `cpu_devices` (of ours: what `softprompt --cpu_devices` is), `cpu_time` (one thread, and the
-process's own CPU seconds instead of the clock's). Weights are random.
+process's own CPU seconds instead of the clock's), `training` (of ours: whether the process is one
+of trainings or of evaluations). Weights are random.
 """
 
 import contextlib
@@ -76,6 +77,8 @@ class Ours:
 
         # Before the first device is asked for: see `--cpu_devices` of the command line.
         heap.keep()  # As all commands do.
+        if settings["training"]:
+            heap.compute_within_calls()
         jax.config.update("jax_num_cpu_devices", settings["cpu_devices"])
         if (found := jax.default_backend()) != settings["device"]:
             raise ValueError(
