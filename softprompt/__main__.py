@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from softprompt import heap, mistakes
 
 GIN_COMMANDS = ("train", "population", "eval", "infer", "baseline", "sweep", "transfer")
-TRAINING = ("train", "population", "sweep", "transfer")
+TRAINING = ("train", "population", "sweep", "transfer", "reproduce", "quickstart")
 # Settings that say where files lie, which may be each host's own affair; their content is not.
 PLACE = re.compile(r"(^|[._])(dir|path|files?|corpus|trial_prompt)$", re.IGNORECASE)
 # Commands that several processes can run together, and how they find each other.
@@ -315,8 +315,6 @@ def _use_data(args: argparse.Namespace) -> None:
 
 
 def _reproduce(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> int:
-    heap.keep()
-    heap.compute_within_calls()
     _use_data(args)
     from softprompt import experiments, reproduce
 
@@ -394,12 +392,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"softprompt {args.command} takes no --gin flags")
         if not getattr(args, "topology", None):  # JAX reads none of programs for other devices.
             _use_compilation_cache()
+        if args.command in (*GIN_COMMANDS, *TRAINING):
+            heap.keep()
+        if args.command in TRAINING:
+            heap.compute_within_calls()
         if args.command in GIN_COMMANDS:
             from softprompt import hosts
 
-            heap.keep()
-            if args.command in TRAINING:
-                heap.compute_within_calls()
             _split_cpu(args.cpu_devices)
             flags = {name: getattr(args, name, None) for name in JOB_FLAGS}
             with hosts.job(agrees=True, **flags):
@@ -409,8 +408,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.command == "quickstart":
             from softprompt import quickstart
 
-            heap.keep()
-            heap.compute_within_calls()
             done = quickstart.run(args.output_dir, args.task, args.steps, args.seed)
             return 0 if done else STOPPED
         if args.command == "vocabulary":

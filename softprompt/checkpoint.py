@@ -278,13 +278,18 @@ def _lock(path: pathlib.Path, held: contextlib.ExitStack) -> None:
 
 
 def differences(stored: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    """What two runs' settings, the first ones read from JSON, do not have in common, in words."""
-    ours = json.loads(json.dumps(ours))
-    return [
-        f"{name} was {stored.get(name)!r}, is now {ours.get(name)!r}"
-        for name in sorted({*stored, *ours})
-        if stored.get(name) != ours.get(name)
-    ]
+    """What two runs' settings, the first ones read from JSON, do not have in common, in words.
+
+    Of settings within settings those that differ, by both names.
+    """
+    ours, found = json.loads(json.dumps(ours)), []
+    for name in sorted({*stored, *ours}):
+        before, now = stored.get(name), ours.get(name)
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            found += [f"{name}: {said}" for said in differences(before, now)]
+        elif before != now:
+            found.append(f"{name} was {before!r}, is now {now!r}")
+    return found
 
 
 def _names(state: Any) -> tuple[list[str], list[Any], Any]:

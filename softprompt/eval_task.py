@@ -100,7 +100,7 @@ def from_task(
     left_out: set[str] = set()
 
     def as_figures(found: Sequence[Mapping[str, Any]]) -> Figures:
-        figures, others = _as_floats(found)
+        figures, others = _as_floats(task.name, found)
         if new := others.keys() - left_out:
             said = ", ".join(f"{name!r} (a {others[name]})" for name in sorted(new))
             say(f"{task.name}: left out, for a figure is a number: {said}")
@@ -204,10 +204,15 @@ def _of_object(
         return found.actual_compute(records, features)[0] if collects else found.compute()
 
 
-def _as_floats(found: Sequence[Mapping[str, Any]]) -> tuple[Figures, dict[str, str]]:
-    """All figures, seqio's `Scalar` among them, and what else metrics give: its kind by name."""
+def _as_floats(task: str, found: Sequence[Mapping[str, Any]]) -> tuple[Figures, dict[str, str]]:
+    """All figures, seqio's `Scalar` among them, and what else metrics give: its kind by name.
+
+    Two figures of one name are an error, as seqio has it.
+    """
     figures, others = {}, {}
     for name, value in (item for metrics in found for item in metrics.items()):
+        if name in figures:
+            raise ValueError(f"{task}: two of its metrics give a figure {name!r}, expected one")
         value = getattr(value, "value", value)
         try:
             figures[name] = float(value)
@@ -308,6 +313,20 @@ def check_metric(name: str | None, tasks: Sequence[EvalTask]) -> None:
     known = [figure for task in tasks for figure in task.named(task.blank(), len(tasks) > 1)]
     if name.lstrip("-") not in known:
         raise ValueError(f"BEST_METRIC {name!r} is not among the figures {', '.join(known)}")
+
+
+def check_figures(what: str, tasks: Sequence[EvalTask]) -> None:
+    """Raises, beginning with `what` asks for them, where none of `tasks` gives a figure."""
+
+    def gives(task: EvalTask) -> bool:
+        try:
+            return bool(task.blank())
+        except ValueError:  # A metric that wants a text: told where it has one.
+            return True
+
+    if tasks and not any(map(gives, tasks)):
+        names = ", ".join(task.name for task in tasks)
+        raise ValueError(f"{what}, but nothing tells a better step: {names} has no metrics")
 
 
 def plain(value: Any) -> Any:

@@ -15,7 +15,7 @@ import numpy as np
 from softprompt import checkpoint, data, decode, lengths, losses, partition, tree, xla
 from softprompt.backbone import Backbone
 from softprompt.eval_task import EvalTask, Figures, encode_labels, plain
-from softprompt.logbook import track
+from softprompt.logbook import say, track
 from softprompt.prompted import PromptedT5, bank_slots
 
 GENERATE = "generate"
@@ -280,6 +280,12 @@ def _row_losses(module: PromptedT5, flat: tree.Flat, batch) -> jax.Array:
     logits = module.apply({"params": tree.unflatten(flat)}, batch["encoder_ids"], decoder_ids)
     rows = jax.vmap(losses.cross_entropy)(logits, batch["targets"])
     return jnp.stack(rows)
+
+
+def say_generated(mode: str, tasks: Sequence[EvalTask]) -> None:
+    """Says which tasks' texts are generated although labels were to be ranked: they have none."""
+    if mode == RANK and (free := [task.name for task in tasks if task.labels is None]):
+        say(f"EVAL_MODE is {RANK!r}, but without labels texts are generated: {', '.join(free)}")
 
 
 def outputs(

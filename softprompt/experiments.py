@@ -8,7 +8,18 @@ import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
 
-from softprompt import compare, config, formats, members, needs, planning, standins, sweep, transfer
+from softprompt import (
+    checkpoint,
+    compare,
+    config,
+    formats,
+    members,
+    needs,
+    planning,
+    standins,
+    sweep,
+    transfer,
+)
 from softprompt.tasks import builtin, sources  # noqa: F401 (the first defines the tasks)
 
 SWEEP, TRANSFER, ENSEMBLE, COUNTS, PORTRAIT = "sweep", "transfer", "ensemble", "counts", "portrait"
@@ -140,8 +151,9 @@ class Plan:
       runs: one line each.
       reduced: how the runs fall short of the paper's.
       missing: what cannot be run, and why.
-      groups: what trains, for `needs`.
-      done: a file per run that is there once it has finished.
+      groups: what is still to train, for `needs`.
+      done: of each result, whether it is there.
+      folders: of a sweep's runs.
       tasks: of an ensemble, with bindings of its own.
     """
 
@@ -153,7 +165,8 @@ class Plan:
     reduced: Sequence[str] = ()
     missing: Sequence[str] = ()
     groups: Sequence[needs.Group] = ()
-    done: Sequence[pathlib.Path] = ()
+    done: Sequence[bool] = ()
+    folders: Sequence[pathlib.Path] = ()
     tasks: Mapping[str, Bindings] = dataclasses.field(default_factory=dict)
 
     @property
@@ -170,7 +183,8 @@ def plan(name: str, options: Options) -> Plan:
     """What `name` would run with these options.
 
     Raises:
-      ValueError: an unknown name, a backbone that is not there, or no data for the full form.
+      ValueError: an unknown name, a backbone that is not there, no data for the full form, or
+        results that were made by other settings.
     """
     if name not in EXPERIMENTS:
         raise ValueError(f"NAME is {name!r}, expected one of {', '.join(EXPERIMENTS)}")
@@ -284,14 +298,16 @@ def _sweep(planned: Plan, options: Options) -> Plan:
     config.parse(files, planning.known(bindings))
     spec = sweep.read(config.macros())
     runs = list(sweep.runs(spec))
-    groups: list[needs.Group] = []
+    done: list[bool] = []
     known: set[str] = set()
-    for line in dict.fromkeys(run.line for run in runs):
-        alike = [run for run in runs if run.line == line]
-        binary = planning.configure(alike[-1], files, bindings, [])
+    left: dict[str, list[planning.Run]] = {}
+    for run in runs:
+        binary = planning.configure(run, files, bindings, [])
         known |= set(config.macros())
-        if binary == "train":
-            groups.append(_group(line or "prompt tuning", alike, files, bindings))
+        done.append(planning.finished(run) is not None)
+        if binary == "train" and not done[-1]:
+            left.setdefault(run.line or "prompt tuning", []).append(run)
+    groups = [_group(line, alike, files, bindings) for line, alike in left.items()]
     planning.check_known(options.bindings, known)
     planning.check_free(options.bindings, LINES=spec.lines, POINTS=spec.points)
     return dataclasses.replace(
@@ -299,8 +315,8 @@ def _sweep(planned: Plan, options: Options) -> Plan:
         reduced=_reductions(
             options, ONE_SEED, RANKED, f"tasks: {len(spec.tasks)}, the paper has eight"
         ),
-        missing=[*missing, *without], groups=groups,
-        done=[run.folder / "result.json" for run in runs],
+        missing=[*missing, *without], groups=groups, done=done,
+        folders=[run.folder for run in runs],
     )  # fmt: skip
 
 
@@ -387,17 +403,25 @@ def _transfer(planned: Plan, options: Options) -> Plan:
     spec = transfer.read(config.macros())
     transfer.check_tasks(spec, config.macros()["MIXTURE_OR_TASK_MODULE"])
     runs = list(transfer.runs(spec))
-    groups = [
-        _group(method, [run for run in runs if run.line == method], files, bindings)
-        for method in spec.methods
-    ]
+    left: dict[str, list[planning.Run]] = {}
+    done: list[bool] = []
+    for run in runs:
+        planning.configure(run, files, bindings, [])
+        trained, macros = planning.finished(run), config.macros()
+        if trained is None:
+            left.setdefault(run.line, []).append(run)
+        for target in spec.targets:
+            judged = trained is not None and trained.diverged  # There is nothing to evaluate.
+            if trained is not None and not judged:
+                evaluation = transfer.evaluation_of(run, target, spec.split, macros)
+                judged = planning.finished(evaluation) is not None
+            done.append(judged)
+    groups = [_group(method, alike, files, bindings) for method, alike in left.items()]
     return dataclasses.replace(
         planned, files=files, bindings=bindings,
         runs=[f"{run}; evaluated on {', '.join(spec.targets)}" for run in runs],
         reduced=_reductions(options, ONE_SEED, *([RANKED] if ranked else []), *reduced),
-        missing=missing, groups=groups,
-        done=[transfer.evaluation_folder(run, target) / "result.json"
-              for run in runs for target in spec.targets],
+        missing=missing, groups=groups, done=done,
     )  # fmt: skip
 
 
@@ -436,11 +460,44 @@ def _ensemble(planned: Plan, options: Options) -> Plan:
     if count < 2:
         seeds = config.macros()["SEEDS"]
         raise ValueError(f"{planned.name}: SEEDS is {seeds!r}, expected two or more: prompts vote")
-    return dataclasses.replace(
+    planned = dataclasses.replace(
         planned, files=files, bindings=bindings, tasks=tasks,
         runs=[f"{task}: {count} prompts at once, and their vote" for task in found],
         reduced=_reductions(options, RANKED, f"tasks: {len(found)}, the paper has eight"),
         missing=missing,
-        groups=[needs.Group("prompts", len(found) * count, configure, count)],
-        done=[planned.folder / task / "ensemble" / "result.json" for task in found],
     )  # fmt: skip
+    done = [is_voted(*vote_of(planned, task)) for task in found]
+    left = len(found) - sum(done)
+    groups = [needs.Group("prompts", left * count, configure, count)] if left else []
+    return dataclasses.replace(planned, done=done, groups=groups)
+
+
+def vote_of(planned: Plan, task: str) -> tuple[planning.Run, list[pathlib.Path]]:
+    """Makes gin's configuration that of evaluating a task's prompts together; these too."""
+    folder, own = planned.folder / task, planned.tasks[task]
+    config.parse(planned.files, [*planned.bindings, *own, ("MODEL_DIR", repr(str(folder)))])
+    macros = config.macros()
+    # Of this plan's members: the folder may hold those of another one.
+    names = [members.name_of(member) for member in members.plan(macros)]
+    prompts = [folder / "prompts" / name / "prompts" / "best.safetensors" for name in names]
+    prompts = [path for path in prompts if path.exists()]  # One that diverged left none.
+    settings = {name: macros[of] for name, of in transfer.CARRIED.items()}
+    settings |= {
+        "MIXTURE_OR_TASK_NAME": task,
+        "PROMPT_FILES": [str(path) for path in prompts],
+        "EVAL_OUTPUT_DIR": str(folder / "ensemble"),
+    }
+    config.parse(
+        [planned.files[0], "runs/prompt_ensemble.gin"],
+        [(name, repr(v)) for name, v in settings.items()],
+    )
+    return planning.Run("", "ensemble", task, 0, [], folder / "ensemble"), prompts
+
+
+def is_voted(evaluation: planning.Run, prompts: Sequence[pathlib.Path]) -> bool:
+    """Whether the prompts were evaluated together, as configured, since they were last saved."""
+    result = evaluation.folder / "result.json"
+    if not result.exists():
+        return False
+    alike = checkpoint.read_object(result).get("configuration") == planning.identity()
+    return alike and all(p.stat().st_mtime <= result.stat().st_mtime for p in prompts)

@@ -235,6 +235,9 @@ def train(
         ]
         _check_split(eval_split, [task for task, _ in tasks])
         eval_task.check_metric(best_metric, held_out)
+        if patience:
+            eval_task.check_figures(f"PATIENCE is {patience}", held_out)
+        evaluation.say_generated(eval_mode, held_out)
     # Nothing is sampled: the predictor needs no seed.
     predictor = shared(
         evaluation.Predictor,

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from softprompt.logbook import say
 from softprompt.tasks import catalogue
 from softprompt.vocabulary import EOS_ID
 
@@ -14,12 +15,18 @@ from softprompt.vocabulary import EOS_ID
 def folder_of(task: Any, split: str) -> str | None:
     """The folder of a task's offline cache in seqio's cache directories, None where there is none.
 
-    A cache without the split is an error: the source is never taken in its place.
+    Where there are such directories and none has the task, a line says so. A cache without the
+    split is an error: the source is never taken in its place.
     """
     import seqio
     import tensorflow as tf
 
-    if not (task.supports_caching and seqio.get_global_cache_dirs() and task.cache_dir):
+    folders = seqio.get_global_cache_dirs()
+    if not folders:
+        return None
+    if not (task.supports_caching and task.cache_dir):
+        why = "none has it" if task.supports_caching else "it has no seqio.CacheDatasetPlaceholder"
+        say(f"{task.name}: {split} is read from its source, not from {', '.join(folders)}: {why}")
         return None
     if not tf.io.gfile.exists(seqio.utils.get_cached_info_path(task.cache_dir, split)):
         raise ValueError(f"the cache {task.cache_dir!r} of {task.name} has no split {split!r}")

@@ -129,6 +129,7 @@ def eval(
     for task in tasks:
         if message := data.cut_message(task.examples, task_feature_lengths):
             say(message)
+    evaluation.say_generated(eval_mode, tasks)
     predictor = evaluation.Predictor(
         backbone, length, eval_mode, batch_size, task_feature_lengths["targets"], beams,
         prefix=banks.target_prefix(backbone, read),
@@ -163,7 +164,8 @@ def _ensemble(
     """Reports the ensemble of `files`, and its cost against the parameters and lengths `alone`."""
 
     def choose(figures: Mapping[str, float]) -> float:
-        return selection.choose_metric(figures, best_metric)
+        found = selection.choose_metric(figures, best_metric)
+        return 0.0 if found is None else found  # Without figures all are alike.
 
     reports = voting.evaluate(predictor, flat, tasks, banks.told_apart(files), choose, folder)
     figures: dict[str, float] = {}

@@ -9,9 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from softprompt import (
-    checkpoint,
     compare,
-    config,
     members,
     needs,
     planning,
@@ -25,10 +23,11 @@ from softprompt.experiments import (
     PORTRAIT,
     SWEEP,
     TRANSFER,
-    Bindings,
     Options,
     Plan,
+    is_voted,
     plan,
+    vote_of,
 )
 from softprompt.logbook import say, size
 
@@ -39,13 +38,10 @@ def describe(planned: Plan) -> Iterator[str]:
     yield from (f"reduced: {text}" for text in planned.reduced)
     yield from (f"run: {text}" for text in planned.runs)
     yield from (f"cannot be run: {text}" for text in planned.missing)
-    there = [path for path in planned.done if path.exists()]
-    for path in there:  # Refused now, as by the run.
-        checkpoint.read_object(path)
-    left = len(planned.done) - len(there)
+    left = planned.done.count(False)
     if planned.done:
         yield f"{len(planned.done)} results, {left} still to be made, in {planned.folder}"
-    for group in planned.groups if left else ():
+    for group in planned.groups:
         cost = needs.of(group)
         together = f" with {group.together} at once" if group.together > 1 else ""
         alone = ", as if one after another" if group.together > 1 else ""
@@ -88,7 +84,7 @@ def run(name: str, options: Options, plan_only: bool = False) -> bool:
     }[kind]()
     more: list[str] = []
     if kind == PORTRAIT:
-        runs = [str(path.parent) for path in planned.done]
+        runs = [str(folder) for folder in planned.folders]
         more = portrait.run(
             runs, options.backbones[0], planned.folder / "analysis", options.vocabulary_file
         )
@@ -111,41 +107,13 @@ def run(name: str, options: Options, plan_only: bool = False) -> bool:
 
 def _run_ensembles(planned: Plan) -> bool:
     """Trains each task's population, then lets its prompts vote."""
-    model = planned.files[0]
     for task, own in planned.tasks.items():
         say(f"--- {task}")
         if not members.run(planned.files, [*planned.bindings, *own]):
             say(f"stopped during {task}; the same command goes on from here")
             return False
-        _vote(model, task, planned, own)
+        evaluation, prompts = vote_of(planned, task)
+        if not is_voted(evaluation, prompts):  # One of other prompts or settings is replaced.
+            (evaluation.folder / "result.json").unlink(missing_ok=True)
+            planning.do(evaluation, "eval")
     return True
-
-
-def _vote(model: str, task: str, planned: Plan, own: Bindings) -> None:
-    """Evaluates the prompts of a task together, unless that was done since they were last saved.
-
-    A vote of other prompts, or by other settings, is replaced.
-    """
-    folder = planned.folder / task
-    config.parse(planned.files, [*planned.bindings, *own, ("MODEL_DIR", repr(str(folder)))])
-    macros = config.macros()
-    # Of this plan's members: the folder may hold those of another one.
-    names = [members.name_of(member) for member in members.plan(macros)]
-    prompts = [folder / "prompts" / name / "prompts" / "best.safetensors" for name in names]
-    prompts = [path for path in prompts if path.exists()]  # One that diverged left none.
-    settings = {name: macros[of] for name, of in transfer.CARRIED.items()}
-    settings |= {
-        "MIXTURE_OR_TASK_NAME": task,
-        "PROMPT_FILES": [str(path) for path in prompts],
-        "EVAL_OUTPUT_DIR": str(folder / "ensemble"),
-    }
-    config.parse(
-        [model, "runs/prompt_ensemble.gin"], [(name, repr(v)) for name, v in settings.items()]
-    )
-    evaluation = planning.Run("", "ensemble", task, 0, [], folder / "ensemble")
-    result = evaluation.folder / "result.json"
-    found = checkpoint.read_object(result) if result.exists() else {}
-    alike = found.get("configuration") == planning.identity()
-    if not alike or any(p.stat().st_mtime > result.stat().st_mtime for p in prompts):
-        result.unlink(missing_ok=True)
-        planning.do(evaluation, "eval")

@@ -22,11 +22,14 @@ Save = Callable[[pathlib.Path, dict[str, np.ndarray], dict[str, Any]], None]
 UNJUDGED = {"step": 0, "judged": 0, "metric": None, "waited": 0, "metrics": {}}
 
 
-def choose_metric(figures: Mapping[str, float], best_metric: str | None) -> float:
-    """The value to maximise: one named figure, or the mean of all but counts of illegal outputs."""
+def choose_metric(figures: Mapping[str, float], best_metric: str | None) -> float | None:
+    """The value to maximise: one named figure, or the mean of all but counts of illegal outputs.
+
+    None where there is no figure to choose by.
+    """
     if best_metric is None:
         values = [v for k, v in figures.items() if not k.endswith("illegal")]
-        return float(np.mean(values)) if values else 0.0
+        return float(np.mean(values)) if values else None
     name = best_metric.lstrip("-")
     if name not in figures:
         raise ValueError(f"BEST_METRIC {name!r} is not among the figures {', '.join(figures)}")
@@ -62,6 +65,7 @@ class Best:
     ) -> None:
         """Tells of the figures of `step`, and keeps what was trained; any number beats NaN.
 
+        Without a figure to choose by, the last step is the best.
         Without `save` only what a resumed run needs is kept: the arrays of the best step.
         """
         log.write("eval/metrics", step, figures)

@@ -146,15 +146,10 @@ def check_tasks(spec: Spec, modules: str | Sequence[str] | None) -> None:
             planning.check_split((task for task, _ in data.get_tasks(name)), split)
 
 
-def evaluation_folder(run: planning.Run, target: str) -> pathlib.Path:
-    """Where the evaluation of a training on a target is kept."""
-    return run.folder / "transfer" / folder_name(target)
-
-
-def evaluated(
+def evaluation_of(
     run: planning.Run, target: str, split: str, macros: Mapping[str, Any]
-) -> list[Figure]:
-    """Figures of what a training left on a target, from its folder or by evaluating it now.
+) -> planning.Run:
+    """Makes gin's configuration that of evaluating what a training left on a target.
 
     `macros` are those of the training.
     """
@@ -163,15 +158,26 @@ def evaluated(
     settings |= {"MIXTURE_OR_TASK_NAME": target, "SPLIT": split}
     settings["PROMPT_FILE"] = str(prompt) if prompt.exists() else None
     backbone = run.folder / "backbone"
+    if not prompt.exists() and not backbone.exists():
+        raise ValueError(
+            f"{run} is finished, but neither {str(prompt)!r} nor {str(backbone)!r} is there to "
+            f"evaluate; delete {str(run.folder)!r} to train it again"
+        )
     if backbone.exists():
         settings["INITIAL_CHECKPOINT_PATH"] = str(backbone)
         if prompt.exists():  # It names the backbone that both were trained from.
             settings["IGNORE_FINGERPRINT"] = True
-    evaluation = dataclasses.replace(
-        run, point=f"evaluated on {target}", folder=evaluation_folder(run, target)
-    )
-    settings["EVAL_OUTPUT_DIR"] = str(evaluation.folder)
+    folder = run.folder / "transfer" / folder_name(target)
+    settings["EVAL_OUTPUT_DIR"] = str(folder)
     config.parse(EVAL_FILES, [(name, repr(value)) for name, value in settings.items()])
+    return dataclasses.replace(run, point=f"evaluated on {target}", folder=folder)
+
+
+def evaluated(
+    run: planning.Run, target: str, split: str, macros: Mapping[str, Any]
+) -> list[Figure]:
+    """Figures of what a training left on a target, from its folder or by evaluating it now."""
+    evaluation = evaluation_of(run, target, split, macros)
     outcome = planning.finished(evaluation)
     if outcome is None:
         say(f"--- {evaluation}")

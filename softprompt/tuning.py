@@ -224,6 +224,8 @@ def _tuning(
     if validation_data is not None:
         held_out = shared(examples_of, validation_data, "validation", backbone, lengths, labels)[1]
         judged_by = data.fingerprint([held_out.examples])
+        if patience:
+            eval_task.check_figures(f"patience is {patience}", [held_out])
         predictor = shared(
             predictor_of, backbone, prompt_length, labels, lengths, batch_size,
             train.evaluations(train_steps, eval_period),

@@ -253,7 +253,27 @@ def test_a_metric_object_that_fails_is_named(make):
         task.figures(["a"] * 6)
 
 
-def test_a_task_without_metrics_is_predicted(make, tiny):
+def test_two_figures_of_one_name_are_refused_as_by_seqio(make):
+    task = make([shouted, functools.partial(shouted)])
+    with pytest.raises(
+        ValueError, match=r"choices_\w+: two of its metrics give a figure 'shouted'"
+    ):
+        task.figures(["a"] * 6)
+
+
+def test_a_task_without_metrics_is_predicted(make, tiny, capsys):
     task = make()
     assert evaluation.evaluate(evaluation.Predictor(tiny, 0), tiny.params, [task]) == {}
     assert task.judge_scores is None and len(task.examples) == 6
+    with pytest.raises(ValueError, match=r"PATIENCE is 3, but nothing .*: choices_\w+ has no met"):
+        eval_task.check_figures("PATIENCE is 3", [task])
+
+    def wants_text(targets, predictions):
+        return {"first": ord(predictions[0])}
+
+    eval_task.check_figures("PATIENCE is 3", [task, make([wants_text])])
+    capsys.readouterr()
+    evaluation.say_generated("generate", [task])
+    assert capsys.readouterr().out == ""
+    evaluation.say_generated("rank", [task])
+    assert f"without labels texts are generated: {task.name}\n" in capsys.readouterr().out

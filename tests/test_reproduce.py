@@ -13,6 +13,7 @@ from softprompt import (
     experiments,
     members,
     needs,
+    planning,
     provenance,
     published,
     reproduce,
@@ -253,6 +254,27 @@ def test_a_sweep_is_run_and_set_beside_what_the_paper_says(tmp_path, monkeypatch
     monkeypatch.setattr(sweep, "sweep", lambda *a: False)
     assert not reproduce.run("figure3b", Options(output_dir=tmp_path))
     assert not (tmp_path / "figure3b-reduced" / "reproduce.md").exists()
+
+
+def test_a_plan_counts_what_is_left_and_refuses_results_of_other_settings(tmp_path, capsys, quick):
+    def plan_of(*more):
+        return main(["reproduce", "figure3a", f"--output_dir={tmp_path}", "--plan", *more])
+
+    options = Options(output_dir=tmp_path)
+    planned = plan("figure3a", options)
+    config.parse(planned.files, (), complete=False)
+    config.parse(planned.files, planning.known(planned.bindings))
+    run = list(sweep.runs(sweep.read(config.macros())))[3]
+    planning.configure(run, planned.files, planned.bindings, [])
+    result = {"score": 70.0, "figures": {"accuracy": 70.0}, "seconds": 1.0}
+    result["configuration"] = planning.identity()
+    run.folder.mkdir(parents=True)
+    (run.folder / "result.json").write_text(json.dumps(result))
+    assert plan_of() == 0
+    said = capsys.readouterr().out
+    assert "10 results, 9 still to be made" in said and "needs: 9 x prompt tuning" in said
+    assert plan_of("--gin.TRAIN_STEPS=7") == 2
+    assert "was made by another configuration" in capsys.readouterr().err
 
 
 def test_a_transfer_has_papers_and_ours_in_one_row(tmp_path, monkeypatch, tiny_folder, quick):

@@ -348,6 +348,22 @@ def own_task(vocabulary):
         seqio.TaskRegistry.remove(name)
 
 
+def test_a_task_without_an_offline_cache_is_read_from_its_source_and_told(
+    own_task, monkeypatch, tmp_path, capsys
+):
+    import seqio
+
+    monkeypatch.setattr(seqio.utils, "_GLOBAL_CACHE_DIRECTORIES", [str(tmp_path)])
+    steps, row = [seqio.preprocessors.tokenize], {"inputs": "a", "targets": "b"}
+    cases = {"none has it": [seqio.CacheDatasetPlaceholder()], "has no seqio.CacheDatasetPl": []}
+    for why, more in cases.items():
+        task = own_task([*steps, *more], row)
+        assert len(data.from_task(task, "train", {"inputs": 4, "targets": 8})) == 1
+        said = capsys.readouterr().out
+        assert f"{task.name}: train is read from its source, not from {tmp_path}: " in said
+        assert why in said
+
+
 def test_preprocessors_of_ones_own_are_given_the_lengths(own_task, vocabulary):
     import seqio
 

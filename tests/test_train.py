@@ -567,6 +567,24 @@ def test_best_metric_may_be_named_and_minimised():
         selection.choose_metric(figures, "f1")
 
 
+def test_without_a_figure_to_choose_by_the_last_step_is_the_best(tiny, pairs, tmp_path):
+    for figures in ({}, {"illegal": 2.0}):
+        settings = dict(evaluate=lambda flat, step: dict(figures), eval_period=2)  # noqa: B023
+        result = fit(tiny, pairs, 6, model_dir=tmp_path / str(len(figures)), **settings)
+        assert (result.best_step, result.best_metric, result.metrics) == (6, None, figures)
+        np.testing.assert_array_equal(result.best[train.PROMPT], result.trained[train.PROMPT])
+
+
+def test_settings_within_settings_are_told_apart_by_both_names():
+    was = {"rates": {"a": 1, "b": {"c": 2}}, "same": [1], "kind": {"d": 1}}
+    now = {"rates": {"a": 1, "b": {"c": 3}, "e": 4}, "same": (1,), "kind": None}
+    assert checkpoint.differences(was, now) == [
+        "kind was {'d': 1}, is now None",
+        "rates: b: c was 2, is now 3",
+        "rates: e was None, is now 4",
+    ]
+
+
 def test_without_an_evaluation_nothing_is_evaluated(tiny, pairs):
     calls = []
     fit(tiny, pairs, 4, evaluate=lambda flat, step: calls.append(step) or {"a": 0.0})

@@ -160,6 +160,8 @@ def test_a_prompt_is_evaluated_with_the_backbone_it_was_trained_with(tmp_path, m
             (folder / name).parent.mkdir(parents=True)
             (folder / name).touch()
         transfer.evaluated(planning.Run("m", "", "s", 0, [], folder), "t", "test", macros)
+    with pytest.raises(ValueError, match="is finished, but neither .* is there to eva"):
+        transfer.evaluated(planning.Run("m", "", "s", 0, [], tmp_path / "3"), "t", "test", macros)
     alone, both = asked
     assert not alone["IGNORE_FINGERPRINT"] and both["IGNORE_FINGERPRINT"] is True
     assert both["INITIAL_CHECKPOINT_PATH"].endswith("2/backbone")
