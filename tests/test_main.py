@@ -110,7 +110,7 @@ def test_a_run_goes_on_with_its_own_settings_and_data_alone(tmp_path, rows, caps
     other = tmp_path / "other.jsonl"
     other.write_text(rows.read_text().replace("grim", "sunny"))
     for changed, message in (
-        ([*flags, "--gin.LEARNING_RATE=0.1"], "bindings was "),
+        ([*flags, "--gin.LEARNING_RATE=0.1"], "bindings: constant.value was 0.3, is"),
         ([*flags, "--gin.SEED=1"], "seed was 0, is now 1"),
         ([*flags, "--gin.TRAIN_STEPS=2"], "is at step 3 already, TRAIN_STEPS is 2"),
         ([f"--train_file={other}", *flags[1:]], "examples was "),
