@@ -247,7 +247,7 @@ def split_gin(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]
 
 def _dry_run(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> int:
     """Prints what the run that these arguments describe needs; of data it reads nothing."""
-    from softprompt import config, launch, memory, train_settings
+    from softprompt import config, dry_run, launch, train_settings
 
     search_paths = [p for p in args.gin_search_paths.split(",") if p]
     config.parse(args.gin_file, bindings, search_paths, optional=NOT_FOR_DRY_RUNS)
@@ -258,7 +258,7 @@ def _dry_run(args: argparse.Namespace, bindings: list[tuple[str, str]]) -> int:
     if settings["loss"] == launch.eval_task.LABELS:
         labels = launch.label_count(settings)
     with config.errors():
-        for text in memory.dry_run(settings, args.device_memory, labels, args.topology):
+        for text in dry_run.texts(settings, args.device_memory, labels, args.topology):
             print(text, flush=True)
     return 0
 

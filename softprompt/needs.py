@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from softprompt import config, eval_task, launch, memory
+from softprompt import config, dry_run, eval_task, launch, memory
 from softprompt import train as training
 
 # Steps that are timed, after the first, which compiles.
@@ -59,7 +59,7 @@ def of(group: Group) -> Cost:
         labels = 0
         if settings["loss"] == eval_task.LABELS:
             labels = launch.label_count(settings)
-        run = memory.of_settings(settings, settings["mesh"](), labels)
+        run = dry_run.of_settings(settings, settings["mesh"](), labels)
         found = memory.need(run.but(rows=run.rows * group.together))
         seconds = measured()
     return Cost(group, found.peak, seconds, settings["train_steps"])

@@ -6,7 +6,7 @@ import jax
 import pytest
 from test_memory import tiny_run
 
-from softprompt import memory, partition, products, topology, xla
+from softprompt import dry_run, memory, partition, products, topology, xla
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -101,8 +101,8 @@ def test_a_program_that_is_refused_does_not_fit(monkeypatch, said, peak):
     needed = memory.need(run)
     assert needed.refused and needed.peak == (peak or needed.peak)
     assert not needed.fits(10 * needed.peak)
-    assert "does not fit: the device's compiler refuses it" in memory.report(run, needed, 2**40)
-    assert memory.suggest(run, needed, 2**40) == []
+    assert "does not fit: the device's compiler refuses it" in dry_run.report(run, needed, 2**40)
+    assert dry_run.suggest(run, needed, 2**40) == []
     monkeypatch.setattr(memory, "lower", lambda run: (refusing("INTERNAL: bug"), *found[1:]))
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL: bug"):
         memory.need(run)
