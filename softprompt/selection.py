@@ -69,7 +69,8 @@ class Best:
         Without `save` only what a resumed run needs is kept: the arrays of the best step.
         """
         log.write("eval/metrics", step, figures)
-        say(f"{name}step {step}  " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items()))
+        said = "  ".join(f"{k} {v:.4g}" for k, v in figures.items()) or "no figures"
+        say(f"{name}step {step}  {said}")
         metric, before = choose_metric(figures, self._metric), self.facts["metric"]
         if before is None or metric > before or (math.isnan(before) and not math.isnan(metric)):
             self.facts = {"step": step, "metric": metric, "waited": 0, "metrics": figures}
