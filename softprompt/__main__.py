@@ -401,7 +401,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             _split_cpu(args.cpu_devices)
             flags = {name: getattr(args, name, None) for name in JOB_FLAGS}
-            with hosts.job(agrees=True, **flags):
+            with hosts.job(agrees=True, saves=args.command in TRAINING, **flags):
                 return _run_gin(args, bindings)
         if args.command == "reproduce":
             return _reproduce(args, bindings)

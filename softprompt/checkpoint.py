@@ -261,6 +261,8 @@ def locked(model_dir: Path | None) -> Iterator[None]:
 
 
 def _lock(path: pathlib.Path, held: contextlib.ExitStack) -> None:
+    if path.parent.exists() and not path.parent.is_dir():
+        raise ValueError(f"MODEL_DIR {str(path.parent)!r} is a file, expected a folder")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = held.enter_context(open(path, "ab"))

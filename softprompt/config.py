@@ -77,9 +77,23 @@ def parse(
         raise ValueError(f"required gin macros have no value: {', '.join(missing)}; give {flags}")
 
 
+def set_in(file: str, search_paths: Sequence[str] = ()) -> list[str]:
+    """The macros that a gin file of one's own sets itself, not by what it includes.
+
+    A file that is found in the shipped folder alone is not one's own.
+    """
+    for path in _candidates(file, search_paths):
+        if path.is_file():
+            return re.findall(r"^([A-Z][A-Z0-9_]*) *=", path.read_text(encoding="utf-8"), re.M)
+    return []
+
+
+def _candidates(file: str, folders: Sequence[str]) -> list[pathlib.Path]:
+    return [pathlib.Path(file), *(pathlib.Path(folder) / file for folder in folders)]
+
+
 def _parse_file(file: str, folders: Sequence[str]) -> None:
-    candidates = [pathlib.Path(file), *(pathlib.Path(folder) / file for folder in folders)]
-    if not any(path.is_file() for path in candidates):
+    if not any(path.is_file() for path in _candidates(file, folders)):
         near = difflib.get_close_matches(file, shipped(), n=3, cutoff=0.4)
         raise ValueError(
             f"no gin file {file!r} in the working directory, {', '.join(map(repr, folders))}"

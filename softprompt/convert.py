@@ -153,7 +153,12 @@ def _convert_prompt(source: str, output: pathlib.Path, to: str, backbone: str | 
         prompts.write(output, array, metadata, deep)
     else:
         PROMPTS[to](output, array, metadata)
-    return f"prompt of {array.shape[0]} vectors of width {array.shape[1]}"
+    said = f"prompt of {array.shape[0]} vectors of width {array.shape[1]}"
+    if to != "prompt" and metadata.get("backbone_fingerprint"):
+        said += (
+            "; this format does not record its backbone's fingerprint, nor its labels or figures"
+        )
+    return said
 
 
 def inspect(

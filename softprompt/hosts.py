@@ -248,18 +248,22 @@ def shared(function: Callable[[], T]) -> T:
 
 
 @contextlib.contextmanager
-def job(agrees: bool = False, **flags: Any) -> Iterator[None]:
+def job(agrees: bool = False, saves: bool = True, **flags: Any) -> Iterator[None]:
     """`start`, and within it this process's part of the job; at its end waits for the others.
 
     `agrees` says that every process comes to all `AGREEMENTS`: one that fails before waits for the
-    others to hear of it there.
+    others to hear of it there. SIGTERM to one of several is heard by what `saves` on it (see
+    `train.termination`), or else ends the process, and so the others.
 
     A process that fails says why and leaves: its closed connections tell the others, which would
     wait for it for ever. Where all fail at once they leave together. Alone, an exception passes
     through.
     """
+    jax.config.update("jax_enable_preemption_service", saves)
     start(**flags)
     try:
+        if several() and not saves and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _terminate)
         yield
         if jax.distributed.is_initialized():
             # Nobody leaves while the first one still writes.
@@ -274,6 +278,10 @@ def job(agrees: bool = False, **flags: Any) -> Iterator[None]:
         pending = agrees and code == 2 and len(_agreed) < len(AGREEMENTS)
         _leave_together(reason, START_TIMEOUT if pending else LAST_WORDS)
         os._exit(code)
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise mistakes.Terminated
 
 
 def _leave_together(reason: str, seconds: float) -> None:
@@ -300,5 +308,5 @@ def _reason(error: BaseException) -> tuple[str, int]:
             1,
         )
     if told := mistakes.told(error):
-        return (f"{who}: {told[0]}" if told[1] == 130 else told[0]), told[1]
+        return (f"{who}: {told[0]}" if told[1] in (130, 143) else told[0]), told[1]
     return f"{who} failed\n" + "".join(traceback.format_exception(error)), 1

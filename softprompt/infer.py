@@ -3,12 +3,13 @@
 Gin files name the function `launch.infer`.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -189,31 +190,44 @@ def infer(
         **decoding,
     }
     partial = pathlib.Path(f"{output_file}.partial")
-    try:
+    with _writing(output_file):
         partial.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot write {str(output_file)!r}: {error.strerror}") from None
     done = _begun(partial, identity)
     progress = Progress("predicting", len(rows), "rows", every=0, start=done)
-    with open(partial, "a", encoding="utf-8") as out:
-        while done < len(rows):
-            chunk = slice(done, done + CHUNK)
-            pairs = [(text, "") for text in texts[chunk]]
-            examples = data.from_pairs(pairs, backbone.vocabulary, lengths, str(input_file))
-            if message := data.cut_message(examples, lengths):
-                say(message)
-            which = named.which[chunk]
-            predictions = predictor.predict_mixed(flat, examples, which, named.labels, first=done)
-            for row, predicted in zip(rows[chunk], predictions, strict=True):
-                out.write(json.dumps({**row, "prediction": predicted}, ensure_ascii=False))
-                out.write("\n")
-            out.flush()
-            done += len(predictions)
-            progress.update(done)
+    try:
+        with _writing(partial), open(partial, "a", encoding="utf-8") as out:
+            while done < len(rows):
+                chunk = slice(done, done + CHUNK)
+                pairs = [(text, "") for text in texts[chunk]]
+                examples = data.from_pairs(pairs, backbone.vocabulary, lengths, str(input_file))
+                if message := data.cut_message(examples, lengths):
+                    say(message)
+                which = named.which[chunk]
+                predictions = predictor.predict_mixed(
+                    flat, examples, which, named.labels, first=done
+                )
+                for row, predicted in zip(rows[chunk], predictions, strict=True):
+                    out.write(json.dumps({**row, "prediction": predicted}, ensure_ascii=False))
+                    out.write("\n")
+                out.flush()
+                done += len(predictions)
+                progress.update(done)
+    except KeyboardInterrupt:
+        say(f"{done} rows are kept in {partial}; the same command goes on from here")
+        raise
     os.replace(partial, output_file)
     _identity_file(partial).unlink()
     say(f"{len(rows)} predictions in {output_file}")
     return len(rows)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Within it, what the disk refuses is one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
 
 
 def _identity_file(partial: pathlib.Path) -> pathlib.Path:

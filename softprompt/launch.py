@@ -197,7 +197,7 @@ def train(
         origin = source.origin
         deep = prompt.deep_rows(backbone, initial, prompt_depth)
     given, batch_size = batch_size, train_step.rows_for(batch_size, devices, microbatches)
-    if batch_size != given:
+    if batch_size != given and not pack_length:  # Of packed rows their own line tells.
         say(
             f"BATCH_SIZE {given} is rounded up to {batch_size} rows: as many for each of "
             f"{devices.shape['data']} data partitions x {microbatches} microbatches"
@@ -351,7 +351,8 @@ def train(
         path = folder / "prompts" / "best.safetensors"
         say(f"backbone fingerprint before {before or backbone.fingerprint}, after {after}")
         kept = size(path.stat().st_size) if hosts.first() else None
-        say(f"best prompt of step {result.best_step}: {path} ({kept})")
+        which = "best prompt" if result.best_metric is not None else "prompt, which nothing judged,"
+        say(f"{which} of step {result.best_step}: {path} ({kept})")
     else:
         out = folder / "backbone"
         note = {"step": result.best_step, "metrics": result.metrics}

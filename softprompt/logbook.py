@@ -130,13 +130,14 @@ def size(count: int) -> str:
 class Logbook:
     """Figures by step, in `<model_dir>/<name>.jsonl` and TensorBoard, cut back when a run resumes.
 
-    With `model_dir` None nothing is written, nor by any but the first of several processes.
+    With `model_dir` None nothing is written, nor by any but the first of several processes. The run
+    goes on from the step `start`, its evaluations from `judged`.
 
     Raises:
       ValueError: `model_dir` holds files of these names that no run wrote; they stay as they are.
     """
 
-    def __init__(self, model_dir: str | os.PathLike | None, start: int):
+    def __init__(self, model_dir: str | os.PathLike | None, start: int, judged: int | None = None):
         self.folder = None if model_dir is None or not hosts.first() else pathlib.Path(model_dir)
         self._events = None
         self._start = start
@@ -144,7 +145,7 @@ class Logbook:
         self._said = ("", "")
         self._drawn = 0.0
         if self.folder is not None:
-            _cut_after(_read_figures(self.folder), start)
+            _cut_after(_read_figures(self.folder), start, start if judged is None else judged)
 
     def write(self, name: str, step: int, figures: Mapping[str, float]) -> None:
         """Appends figures at `step` to `<name>.jsonl` and to the TensorBoard events."""
@@ -181,13 +182,21 @@ class Logbook:
         say(f"step {step}  compiled and done in {now - self._clock[1]:.1f} s")
         self._clock = (step, now)
 
+    def leave_out(self, seconds: float) -> None:
+        """Counts a step that took `seconds`, most of them to compile, neither in the rate nor so.
+
+        The rate is that of all others.
+        """
+        first, began = self._clock
+        self._clock = (first + 1, began + seconds)
+
     def progress(self, step: int, last: int, loss: float, rates: Mapping[str, float]) -> None:
-        """Step, loss, rates (of `throughput.Meter`), time left: a line, or the terminal's bar."""
-        self._said = (
-            f"loss {loss:.4f}",
-            f"{rates['tokens_per_second']:,.0f} tokens/s  MFU {100 * rates['mfu']:.0f}%  "
-            f"data wait {100 * rates['data_wait']:.1f}%",
-        )
+        """Step, loss, rates (of `throughput.Meter`, or none), time left: a line, or a bar."""
+        speed = ""
+        if rates:
+            speed = f"{rates['tokens_per_second']:,.0f} tokens/s  MFU {100 * rates['mfu']:.0f}%  "
+            speed += f"data wait {100 * rates['data_wait']:.1f}%"
+        self._said = (f"loss {loss:.4f}", speed)
         if on_terminal() and step < last:
             self.tick(step, last)
         else:
@@ -246,8 +255,9 @@ def _read_lines(path: pathlib.Path, keys: Sequence[str]) -> list[tuple[int, str]
     return found
 
 
-def _cut_after(files: Mapping[pathlib.Path, list[tuple[int, str]]], step: int) -> None:
-    """Drops lines of steps after `step`: a resumed run rewrites them."""
+def _cut_after(files: Mapping[pathlib.Path, list[tuple[int, str]]], step: int, judged: int) -> None:
+    """Drops lines of steps after `step`, and evaluations after `judged`: they are written anew."""
     for path, lines in files.items():
-        kept = "".join(f"{line}\n" for at, line in lines if at <= step)
+        last = min(step, judged) if path.parent.name == "eval" else step
+        kept = "".join(f"{line}\n" for at, line in lines if at <= last)
         checkpoint.write_atomically(path, kept.encode())

@@ -1,11 +1,17 @@
 """What a user is told of an error, in a sentence, and the exit code that goes with it."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, where nothing is saved on it."""
+
+
 def told(error: BaseException) -> tuple[str, int] | None:
     """The sentence and the code; None for a fault of ours, whose traceback is wanted.
 
-    2 is for a user's mistake, 130 for Ctrl-C.
+    2 is for a user's mistake, 130 for Ctrl-C, 143 for SIGTERM.
     """
+    if isinstance(error, Terminated):
+        return "stopped by SIGTERM", 143
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
     if isinstance(error, ValueError):

@@ -120,6 +120,33 @@ def check_split(tasks: Iterable[Any], split: str) -> None:
         sources.check_local(task.name, split)
 
 
+def check_taken(
+    planned: Sequence[Run],
+    files: Sequence[str],
+    bindings: Sequence[tuple[str, str]],
+    search_paths: Sequence[str],
+) -> None:
+    """Raises where a gin file of one's own sets what no run takes.
+
+    The files that a run's settings name come after it, and may set the same for all of them.
+    """
+    own = {name for file in files for name in config.set_in(file, search_paths)}
+    own -= {*PLAN, *(name for name, _ in bindings)}
+    config.parse(files, (), search_paths, complete=False)
+    left = {name: value for name, value in config.macros().items() if name in own}
+    for run in planned:
+        if not left:
+            return
+        _parse(run, files, bindings, search_paths)
+        left = {k: v for k, v in left.items() if config.macros()[k] != v}
+    for name, value in left.items():
+        raise ValueError(
+            f"{name} is {value!r} in the gin files given, but every run names files or settings "
+            f"that set it after them ({planned[-1]}: {config.macros()[name]!r}); give "
+            f"--gin.{name}=… in its place, or set it where those are named"
+        )
+
+
 def check_known(bindings: Sequence[tuple[str, str]], names: Collection[str]) -> None:
     """Raises where a binding names a macro that is not among the `names` that the runs know."""
     if odd := [name for name, _ in bindings if "." not in name and name not in names]:
@@ -143,8 +170,8 @@ def check_free(bindings: Sequence[tuple[str, str]], **plan: Settings) -> None:
             )
 
 
-def configure(run: Run, files, bindings, search_paths) -> str:
-    """Makes gin's configuration that of the run; returns the binary that it configures."""
+def _parse(run: Run, files, bindings, search_paths) -> tuple[list[str], list[tuple[str, str]]]:
+    """Makes gin's configuration that of the run, but for its folder; its files and bindings."""
     every = [*run.settings, *run.of_task]
     extra = [s for s in every if s.endswith(".gin") and "=" not in s]
     if bad := [s for s in every if s not in extra and "=" not in s]:
@@ -161,6 +188,12 @@ def configure(run: Run, files, bindings, search_paths) -> str:
     config.parse(files, (), search_paths, complete=False)
     bindings = [*known(bindings), *own]
     config.parse(files, bindings, search_paths, complete=False)
+    return files, bindings
+
+
+def configure(run: Run, files, bindings, search_paths) -> str:
+    """Makes gin's configuration that of the run; returns the binary that it configures."""
+    files, bindings = _parse(run, files, bindings, search_paths)
     binary = config.macros()["BINARY"]
     if binary not in BINARIES:
         raise ValueError(f"{run}: BINARY is {binary!r}, expected one of {', '.join(BINARIES)}")

@@ -121,7 +121,8 @@ class _Run:
             say(f"{member.name}: resuming from step {at}")
             self.best.restore(restored[1]["best"], {PROMPT})
         self.step = self._saved = int(self.state["step"])
-        self._log = Logbook(folder, self.step)
+        judged = selection.judged(restored[1]["best"]) if restored else 0
+        self._log = Logbook(folder, self.step, judged)
         if not restored and folder is not None and member.save:
             prompt = np.asarray(member.prompt, np.float32)
             member.save(pathlib.Path(folder) / "prompts" / "initial", {PROMPT: prompt}, {"step": 0})
@@ -151,7 +152,11 @@ class _Run:
                 self._evaluate()
                 self._save_checkpoint()
             self.end(FINISHED)
-        elif self.best.out_of_patience(member.patience):
+            return
+        period = member.eval_period if member.evaluate and self.step else 0
+        if period and self.step % period == 0 and self.best.judged < self.step:
+            self._evaluate()  # It was stopped before.
+        if self.best.out_of_patience(member.patience):
             say(
                 f"{member.name}: stopping early at step {self.step}: no better figure since "
                 f"{self.best.step}"
@@ -171,6 +176,12 @@ class _Run:
         stopped = status == INTERRUPTED
         self.result = Result.of(self.step, now, self.best, stopped)
 
+    def stop(self, moved: bool) -> None:
+        """Ends the run before its end, saved where it has `moved` since it was."""
+        if moved and self._saved < self.step:
+            self._save_checkpoint()
+        self.end(INTERRUPTED)
+
     def _trained(self) -> dict[str, np.ndarray]:
         return {path: np.asarray(jax.device_get(x)) for path, x in self.state["trainable"].items()}
 
@@ -181,11 +192,12 @@ class _Run:
             checkpoint.save_state(member.model_dir, self.state, about, member.keep)
         self._saved = self.step
 
-    def after(self, stopping: bool) -> float | None:
+    def after(self, asked: train.Asked) -> float | None:
         """What is due after the step just taken; returns the mean loss if it was read."""
         member = self.member
         self.step += 1
         step, last = self.step, self.step == member.train_steps
+        stopping = asked(step)
 
         def due(period: int) -> bool:
             return last or bool(period and step % period == 0)
@@ -205,13 +217,16 @@ class _Run:
             self._log.write("train", step, {"loss": loss})
             zero = jax.device_put(np.float32(0), self._everywhere)
             self.state = {**self.state, "loss_sum": zero, "count_sum": jnp.copy(zero)}
-        if due_eval:
+        if due_eval and not stopping:
             if last:  # An evaluation that fails loses nothing.
                 self._save_checkpoint()
-            self._evaluate()
+            try:
+                self._evaluate(asked)
+            except train.Stopped:
+                stopping = True
         if due_save or stopping:
             self._save_checkpoint()
-        if stopping and not last:
+        if stopping and not (last and (not member.evaluate or self.best.judged == step)):
             self.end(INTERRUPTED)
         else:
             self._settle()
@@ -219,9 +234,10 @@ class _Run:
             self.batch = dict(next(self._stream))
         return loss
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, asked: train.Asked | None = None) -> None:
         member = self.member
-        figures = member.evaluate({**self._frozen, **self.state["trainable"]}, self.step)
+        with asked.at_once() if asked else contextlib.nullcontext():
+            figures = member.evaluate({**self._frozen, **self.state["trainable"]}, self.step)
         self.best.judge(self.step, figures, self._log, self._trained, f"{member.name}: ")
 
 
@@ -408,11 +424,11 @@ def _train(runs: Sequence[_Run], backbone: Backbone) -> list[Outcome]:
                 jax.block_until_ready([run.state for run in active])
                 clock = (rounds, time.monotonic())
                 meter.restart()
-            stopping = asked(now + 1)
-            read = {run: loss for run in active if (loss := run.after(stopping)) is not None}
-            for run in running:
-                if stopping and run not in active:
-                    run.end(INTERRUPTED)
+            read = {run: loss for run in active if (loss := run.after(asked)) is not None}
+            if asked(now + 1):
+                for run in running:
+                    if run.status == RUNNING:
+                        run.stop(run in active)
             if read:
                 _tell(read, runs, rounds - clock[0], time.monotonic() - clock[1], meter.read())
             running = [run for run in runs if run.status == RUNNING]

@@ -299,8 +299,10 @@ def _report(
     say(json.dumps({**said, **figures}))
     if folder is None:
         return
-    folder = pathlib.Path(folder)
-    checkpoint.write_atomically(folder / f"{name}.json", json.dumps(figures, indent=2).encode())
+    path = pathlib.Path(folder) / f"{name}.json"
+    if path.exists():
+        say(f"{path} is replaced, as are the predictions beside it")
+    checkpoint.write_atomically(path, json.dumps(figures, indent=2).encode())
     _keep_facts(folder, backbone, said, labels)
     report.attempt(folder)
 

@@ -215,6 +215,8 @@ def _metrics(found: Run) -> Html:
         return page.table(("metric", "value"), rows, "metrics")
     best, last = _chosen(found), steps[-1]
     names = [k for k in last if k != "step"]
+    if not names:
+        return tag("p", "This task has no metrics: what it predicted is in the run's eval folder.")
     header = ["metric", f"chosen step {best['step']:,}", f"last step {last['step']:,}"]
     rows = [[k, float(best.get(k, math.nan)), float(last[k])] for k in names]
     if best["step"] == last["step"]:
@@ -452,7 +454,9 @@ def _reproduce(found: Run) -> Html:
     line = runs.command_line(found.facts, found.folder)
     if line is None:
         return tag("p", "This run left no command: it was made from Python.")
-    note = "Finished where its output folder is still there: give another one to do it again."
+    note = "Again it predicts anew, and replaces what its output folder holds."
+    if found.train:
+        note = "Finished where its output folder is still there: give another one to do it again."
     return page.join(tag("pre", line, class_="wrap"), tag("p", note, class_="note"))
 
 

@@ -36,7 +36,10 @@ def describe(planned: Plan) -> Iterator[str]:
     """What would run, what could not, and, unless all is there, what it needs: it is measured."""
     yield f"{planned.name}: {planned.experiment.title}. The paper: {planned.experiment.paper}."
     yield from (f"reduced: {text}" for text in planned.reduced)
-    yield from (f"run: {text}" for text in planned.runs)
+    each = len(planned.done) // max(1, len(planned.runs))  # Results of a run.
+    for i, text in enumerate(planned.runs):
+        made = each and all(planned.done[each * i : each * (i + 1)])
+        yield f"{'done' if made else 'run'}: {text}"
     yield from (f"cannot be run: {text}" for text in planned.missing)
     left = planned.done.count(False)
     if planned.done:

@@ -36,6 +36,11 @@ def choose_metric(figures: Mapping[str, float], best_metric: str | None) -> floa
     return -figures[name] if best_metric.startswith("-") else figures[name]
 
 
+def judged(facts: Mapping[str, Any]) -> int:
+    """The step of the last evaluation by what is known of the best one, 0 without one."""
+    return facts.get("judged", facts["step"])
+
+
 class Best:
     """The best evaluation of a run so far, what was trained by then, and the files that keep both.
 
@@ -58,7 +63,7 @@ class Best:
     @property
     def judged(self) -> int:
         """The step of the last evaluation, 0 without one."""
-        return self.facts.get("judged", self.step)
+        return judged(self.facts)
 
     def judge(
         self, step: int, figures: dict[str, float], log: Logbook, trained: Trained, name: str = ""
@@ -72,6 +77,9 @@ class Best:
         said = "  ".join(f"{k} {v:.4g}" for k, v in figures.items()) or "no figures"
         say(f"{name}step {step}  {said}")
         metric, before = choose_metric(figures, self._metric), self.facts["metric"]
+        averaged = [k for k in figures if not k.endswith("illegal")]
+        if before is None and self._metric is None and len(averaged) > 1:
+            say(f"{name}the best step is that of the highest mean of {', '.join(averaged)}")
         if before is None or metric > before or (math.isnan(before) and not math.isnan(metric)):
             self.facts = {"step": step, "metric": metric, "waited": 0, "metrics": figures}
         else:

@@ -107,6 +107,7 @@ def sweep(
     names = set()
     if strict:
         planning.check_free(bindings, LINES=spec.lines, POINTS=spec.points)
+    planning.check_taken(planned, files, bindings, search_paths)
     for run in planned:
         planning.configure(run, files, bindings, search_paths)
         names |= set(config.macros())

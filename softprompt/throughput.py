@@ -95,6 +95,10 @@ class Meter:
         self._began = time.perf_counter()
         self._tokens = self._flops = self._waited = 0.0
 
+    def leave_out(self, seconds: float) -> None:
+        """Counts `seconds` just passed as none: a step whose shapes were compiled, not added."""
+        self._began += seconds
+
     def add(self, batch: Mapping[str, np.ndarray], label_ids: np.ndarray | None = None) -> None:
         """Counts a batch of `encoder_ids` `[B, T]` and `targets` `[B, L]`, perhaps packed.
 

@@ -8,6 +8,7 @@ import os
 import pathlib
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -84,9 +85,36 @@ def check_trainable(trained: tree.Flat) -> None:
         )
 
 
+class Stopped(BaseException):
+    """SIGTERM or Ctrl-C, within `Asked.at_once`."""
+
+
+class Asked:
+    """Called after each step, says whether a signal asks to stop."""
+
+    def __init__(self, asked: Callable[[int], bool]):
+        self._asked = asked
+        self.now = False  # Whether a signal stops what is done now.
+
+    def __call__(self, step: int) -> bool:
+        return self._asked(step)
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within it a first signal raises `Stopped`: evaluations, which may be done again.
+
+        Not in several processes, which would go apart, and not where none is heard.
+        """
+        self.now = True
+        try:
+            yield
+        finally:
+            self.now = False
+
+
 @contextlib.contextmanager
-def termination(saves: bool) -> Iterator[Callable[[int], bool]]:
-    """Called after each step, says whether SIGTERM or Ctrl-C, which end nothing here, ask to stop.
+def termination(saves: bool) -> Iterator[Asked]:
+    """Yields what tells after each step whether SIGTERM or Ctrl-C, which end nothing here, came.
 
     After Ctrl-C the context ends in KeyboardInterrupt; a second one, and a run that `saves`
     nothing, does not wait for the step. Of several processes any may get either, and a first Ctrl-C
@@ -106,21 +134,24 @@ def termination(saves: bool) -> Iterator[Callable[[int], bool]]:
 
             before = signal.signal(signal.SIGINT, pass_on)
         try:
-            yield multihost_utils.reached_preemption_sync_point
+            yield Asked(multihost_utils.reached_preemption_sync_point)
         finally:
             if before is not None:
                 signal.signal(signal.SIGINT, before)
         return
     if threading.current_thread() is not threading.main_thread():
-        yield lambda step: False
+        yield Asked(lambda step: False)
         return
     asked: set[int] = set()
+    told = Asked(lambda step: bool(asked))
 
     def ask(number: int, frame: Any) -> None:
         del frame
         if number in asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked.add(number)
+        if told.now:
+            raise Stopped
         if number == signal.SIGINT:
             # A line that is being written when the signal comes takes no other in its midst.
             with contextlib.suppress(RuntimeError):
@@ -129,7 +160,7 @@ def termination(saves: bool) -> Iterator[Callable[[int], bool]]:
     numbers = (signal.SIGTERM, signal.SIGINT) if heard else (signal.SIGTERM,)
     before = {number: signal.signal(number, ask) for number in numbers}
     try:
-        yield lambda step: bool(asked)
+        yield told
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -262,7 +293,7 @@ def fit(
         check_identity(restored[1]["identity"], dict(identity or {}), model_dir, at, train_steps)
         say(f"resuming from step {at} of {model_dir}")
     start = int(state["step"])
-    log = Logbook(model_dir, start)
+    log = Logbook(model_dir, start, selection.judged(restored[1]["best"]) if restored else 0)
     if not restored and model_dir is not None and save and prompt is not None:
         # What drift is measured from: see `analysis`.
         start_of = pathlib.Path(model_dir) / "prompts" / "initial"
@@ -306,8 +337,15 @@ def fit(
                 model_dir, state, {"best": best.facts, "identity": identity or {}}, keep
             )
 
-    def judge(step: int) -> None:
-        best.judge(step, evaluate(parameters(), step), log, trained_now)
+    def judge(step: int) -> bool:
+        """Evaluates; whether that came to its end."""
+        try:
+            with asked.at_once():
+                figures = evaluate(parameters(), step)
+        except Stopped:
+            return False
+        best.judge(step, figures, log, trained_now)
+        return True
 
     def finish(step: int, interrupted: bool = False) -> Result:
         log.close()
@@ -320,23 +358,41 @@ def fit(
         termination(model_dir is not None) as asked,
         pipeline.Prefetch(batches(start), place) as stream,
     ):
+        # It was stopped before it was judged.
+        unjudged = evaluate and eval_period and start and start % eval_period == 0
+        if unjudged and best.judged < start < train_steps and not judge(start):
+            say(f"stopped by a signal at step {start}; the same command goes on from here")
+            return finish(start, interrupted=True)
+        compiled: set[tuple] = set()
+        counted = False  # Whether a step since the last line was one that compiled nothing.
         for step in range(start + 1, train_steps + 1):
             if best.out_of_patience(patience):
                 say(f"stopping early at step {step - 1}: no better figure since {best.step}")
                 break
             waited = stream.waited
             host_batch, batch = stream.next(state["step"])
-            meter.add(host_batch, label_ids)
-            meter.wait(stream.waited - waited)
+            shapes = tuple(x.shape for x in host_batch.values())
+            if compiles := shapes not in compiled:
+                jax.block_until_ready(state)
+                began = time.monotonic()
+            else:
+                meter.add(host_batch, label_ids)
+                meter.wait(stream.waited - waited)
+                counted = True
             if module.cfg.dropout_rate:
                 key = train_step.step_key(seed, state["step"])
                 batch = train_step.with_dropout(batch, module.cfg, key, label_ids, by_rows)
             state = step_fn(state, fixed, batch)
             train_step.settle(state)
-            if step == start + 1:
+            if compiles:
                 jax.block_until_ready(state)
-                log.begin(step)
-                meter.restart()
+                compiled.add(shapes)
+                if step == start + 1:
+                    log.begin(step)
+                    meter.restart()
+                else:
+                    log.leave_out(time.monotonic() - began)
+                    meter.leave_out(time.monotonic() - began)
             last = step == train_steps
             due_eval = evaluate and (last or (eval_period and step % eval_period == 0))
             due_log = last or step % log_period == 0
@@ -350,27 +406,27 @@ def fit(
                 log.tick(step, train_steps)
             if due_log:
                 loss = float(state["loss_sum"]) / max(float(state["count_sum"]), 1)
-                rates = meter.read()
+                rates, counted = meter.read() if counted else {}, False
                 log.progress(step, train_steps, loss, rates)
                 log.write("train", step, {"loss": loss, **rates})
                 zero = partition.place(np.float32(0), partition.replicated(backbone.mesh))
                 state = {**state, "loss_sum": zero, "count_sum": jnp.copy(zero)}
-            if due_eval:
+            if due_eval and not stop:
                 if last:  # An evaluation that fails loses nothing.
                     save_checkpoint()
-                judge(step)
+                stop = not judge(step)
             if due_save or stop:
                 save_checkpoint()
                 saved = step
             if due_eval or due_save:
                 meter.restart()
-            if stop and not last:
+            if stop and not (last and (not evaluate or best.judged == step)):
                 say(f"stopped by a signal after step {step}; the same command goes on from here")
                 return finish(step, interrupted=True)
     step = int(state["step"])
     unjudged = evaluate and best.judged < step  # It went on from the end of what it was to do.
     if unjudged:
-        judge(step)
+        best.judge(step, evaluate(parameters(), step), log, trained_now)
     if step > saved or unjudged:
         save_checkpoint()
     if not evaluate:

@@ -119,6 +119,7 @@ def transfer(
     spec, modules = read(config.macros()), config.macros()["MIXTURE_OR_TASK_MODULE"]
     planning.check_free(bindings, METHODS=spec.methods)
     planned = list(runs(spec))
+    planning.check_taken(planned, files, bindings, search_paths)
     for run in planned:  # A method's mistake is found before another one has trained.
         planning.configure(run, files, bindings, search_paths)
     check_tasks(spec, modules)

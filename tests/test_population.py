@@ -256,7 +256,7 @@ def test_stopped_and_killed_it_ends_as_if_it_had_not_been_and_leaves_what_single
 
     whole = population.fit(tiny, made("whole"))
     stopped = population.fit(tiny, made("killed", terminate=2))
-    assert [(o.status, o.result.step) for o in stopped] == [(population.INTERRUPTED, 3)] * 2
+    assert [(o.status, o.result.step) for o in stopped] == [(population.INTERRUPTED, 2)] * 2
     with pytest.raises(Killed):
         population.fit(tiny, made("killed", kill=4))
     again = population.fit(tiny, made("killed"))

@@ -272,6 +272,7 @@ def test_a_plan_counts_what_is_left_and_refuses_results_of_other_settings(tmp_pa
     (run.folder / "result.json").write_text(json.dumps(result))
     assert plan_of() == 0
     said = capsys.readouterr().out
+    assert said.count("\nrun: ") == 9 and f"\ndone: {run}\n" in said
     assert "10 results, 9 still to be made" in said and "needs: 9 x prompt tuning" in said
     assert plan_of("--gin.TRAIN_STEPS=7") == 2
     assert "was made by another configuration" in capsys.readouterr().err

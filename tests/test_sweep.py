@@ -56,6 +56,27 @@ SEEDS = [0, 1]
     ]  # fmt: skip
 
 
+def test_what_a_sweeps_own_file_sets_must_be_taken_by_a_run(tmp_path, small, capsys):
+    with open(tmp_path / "small.gin", "a") as file:
+        file.write("TRAIN_STEPS = 7\n")
+    lines = "{'': ['runs/prompt_classify.gin', 'PROMPT_LENGTH=2']}"
+    assert main(["sweep", *small, f"--gin.LINES={lines}"]) == 2
+    said = capsys.readouterr().err
+    assert "TRAIN_STEPS is 7 in the gin files given, but every run names files or set" in said
+    assert said.endswith(
+        "300); give --gin.TRAIN_STEPS=… in its place, or set it where those are named\n"
+    )
+    files, search = [MODEL, "small.gin"], [str(tmp_path)]
+    config.parse(files, [("SWEEP_DIR", "x"), ("LINES", lines)], search)
+    planned = list(sweep.runs(sweep.read(config.macros())))
+    planning.check_taken(planned, files, [("TRAIN_STEPS", "3")], search)
+    # Of the file's own two lines one names no file that sets it.
+    (tmp_path / "small.gin").write_text((tmp_path / "small.gin").read_text() + "SHOTS = 9\n")
+    config.parse(files, [("SWEEP_DIR", "x")], search)
+    planned = list(sweep.runs(sweep.read(config.macros())))
+    planning.check_taken(planned, files, [], search)
+
+
 @pytest.mark.slow
 def test_a_sweep_runs_resumes_and_reports(tmp_path, small, capsys, monkeypatch):
     # Its first attempt is cut off in the third run.

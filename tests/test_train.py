@@ -437,6 +437,48 @@ def own_signals():
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.parametrize(
+    "at, number", [(4, signal.SIGTERM), (4, signal.SIGINT), (6, signal.SIGTERM)]
+)
+def test_a_signal_stops_an_evaluation_which_is_done_when_the_run_goes_on(
+    tiny, pairs, tmp_path, own_signals, at, number
+):
+    own_signals(signal.default_int_handler)
+    calls, ended = [], []
+
+    def evaluate(flat, step):
+        calls.append(step)
+        if calls.count(at) == 1 and step == at:
+            signal.raise_signal(number)
+        ended.append(step)
+        return {"accuracy": float(np.asarray(flat[train.PROMPT]).sum())}
+
+    def run(folder):
+        settings = dict(evaluate=evaluate, eval_period=2, model_dir=folder, keep=9)
+        return fit(tiny, pairs, 6, **settings)
+
+    if number == signal.SIGINT:
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "run")
+    else:
+        result = run(tmp_path / "run")
+        assert result.interrupted and result.step == at
+    assert calls == list(range(2, at + 1, 2)) and ended == calls[:-1]
+    assert checkpoint.steps(tmp_path / "run") == [at]
+    result = run(tmp_path / "run")
+    assert not result.interrupted and ended == [2, 4, 6]
+    whole = run(tmp_path / "whole")
+    for which in ("trained", "best"):
+        one, two = (getattr(x, which)[train.PROMPT].tobytes() for x in (result, whole))
+        assert one == two
+    for name in ("eval/metrics.jsonl", "train.jsonl"):
+        one, two = (tmp_path / folder / name for folder in ("run", "whole"))
+        steps = [
+            [json.loads(x)["step"] for x in path.read_text().splitlines()] for path in (one, two)
+        ]
+        assert steps[0] == steps[1]
+
+
 def test_ctrl_c_that_is_ignored_stays_so(own_signals):
     own_signals(signal.SIG_IGN)
     with train.termination(True) as asked:
