@@ -205,7 +205,14 @@ def random(
         return found
 
     places = {path: x.sharding for path, x in shapes.items()}
-    params = jax.jit(init, out_shardings=places)()
+    first = mesh.local_devices[0]
+    if frozen and first.platform == "cpu":  # One copy for all of its devices, as `load` has it.
+        params = jax.jit(init, out_shardings=jax.sharding.SingleDeviceSharding(first))()
+        for path in list(params):
+            x = np.asarray(params.pop(path))
+            params[path] = partition.place_frozen(x, x.dtype, places[path])
+    else:
+        params = jax.jit(init, out_shardings=places)()
     return Backbone(name, cfg, params, vocabulary, tree.fingerprint(params), mesh)
 
 
