@@ -78,12 +78,9 @@ def parse(
 
 
 def set_in(file: str, search_paths: Sequence[str] = ()) -> list[str]:
-    """The macros that a gin file of one's own sets itself, not by what it includes.
-
-    A file that is found in the shipped folder alone is not one's own.
-    """
+    """The macros that a gin file of one's own, none of the shipped ones, sets without includes."""
     for path in _candidates(file, search_paths):
-        if path.is_file():
+        if path.is_file() and GIN_FOLDER.resolve() not in path.resolve().parents:
             return re.findall(r"^([A-Z][A-Z0-9_]*) *=", path.read_text(encoding="utf-8"), re.M)
     return []
 

@@ -9,9 +9,9 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 from softprompt import (
-    checkpoint,
     compare,
     config,
+    ensembles,
     formats,
     members,
     needs,
@@ -184,7 +184,7 @@ def plan(name: str, options: Options) -> Plan:
 
     Raises:
       ValueError: an unknown name, a backbone that is not there, no data for the full form, or
-        results that were made by other settings.
+        results of a sweep or transfer that were made by other settings.
     """
     if name not in EXPERIMENTS:
         raise ValueError(f"NAME is {name!r}, expected one of {', '.join(EXPERIMENTS)}")
@@ -460,44 +460,18 @@ def _ensemble(planned: Plan, options: Options) -> Plan:
     if count < 2:
         seeds = config.macros()["SEEDS"]
         raise ValueError(f"{planned.name}: SEEDS is {seeds!r}, expected two or more: prompts vote")
-    planned = dataclasses.replace(
+    done = [
+        ensembles.is_voted(
+            *ensembles.vote_of(files, [*bindings, *own], planned.folder / task, task)
+        )
+        for name, own in tasks.items()
+    ]
+    left = len(found) - sum(done)
+    return dataclasses.replace(
         planned, files=files, bindings=bindings, tasks=tasks,
         runs=[f"{task}: {count} prompts at once, and their vote" for task in found],
         reduced=_reductions(options, RANKED, f"tasks: {len(found)}, the paper has eight"),
         missing=missing,
+        groups=[needs.Group("prompts", left * count, configure, count)] if left else [],
+        done=done,
     )  # fmt: skip
-    done = [is_voted(*vote_of(planned, task)) for task in found]
-    left = len(found) - sum(done)
-    groups = [needs.Group("prompts", left * count, configure, count)] if left else []
-    return dataclasses.replace(planned, done=done, groups=groups)
-
-
-def vote_of(planned: Plan, task: str) -> tuple[planning.Run, list[pathlib.Path]]:
-    """Makes gin's configuration that of evaluating a task's prompts together; these too."""
-    folder, own = planned.folder / task, planned.tasks[task]
-    config.parse(planned.files, [*planned.bindings, *own, ("MODEL_DIR", repr(str(folder)))])
-    macros = config.macros()
-    # Of this plan's members: the folder may hold those of another one.
-    names = [members.name_of(member) for member in members.plan(macros)]
-    prompts = [folder / "prompts" / name / "prompts" / "best.safetensors" for name in names]
-    prompts = [path for path in prompts if path.exists()]  # One that diverged left none.
-    settings = {name: macros[of] for name, of in transfer.CARRIED.items()}
-    settings |= {
-        "MIXTURE_OR_TASK_NAME": task,
-        "PROMPT_FILES": [str(path) for path in prompts],
-        "EVAL_OUTPUT_DIR": str(folder / "ensemble"),
-    }
-    config.parse(
-        [planned.files[0], "runs/prompt_ensemble.gin"],
-        [(name, repr(v)) for name, v in settings.items()],
-    )
-    return planning.Run("", "ensemble", task, 0, [], folder / "ensemble"), prompts
-
-
-def is_voted(evaluation: planning.Run, prompts: Sequence[pathlib.Path]) -> bool:
-    """Whether the prompts were evaluated together, as configured, since they were last saved."""
-    result = evaluation.folder / "result.json"
-    if not result.exists():
-        return False
-    alike = checkpoint.read_object(result).get("configuration") == planning.identity()
-    return alike and all(p.stat().st_mtime <= result.stat().st_mtime for p in prompts)

@@ -253,7 +253,7 @@ def job(agrees: bool = False, saves: bool = True, **flags: Any) -> Iterator[None
 
     `agrees` says that every process comes to all `AGREEMENTS`: one that fails before waits for the
     others to hear of it there. SIGTERM to one of several is heard by what `saves` on it (see
-    `train.termination`), or else ends the process, and so the others.
+    `signals.termination`), or else ends the process, and so the others.
 
     A process that fails says why and leaves: its closed connections tell the others, which would
     wait for it for ever. Where all fail at once they leave together. Alone, an exception passes

@@ -195,23 +195,22 @@ def infer(
     done = _begun(partial, identity)
     progress = Progress("predicting", len(rows), "rows", every=0, start=done)
     try:
-        with _writing(partial), open(partial, "a", encoding="utf-8") as out:
-            while done < len(rows):
-                chunk = slice(done, done + CHUNK)
-                pairs = [(text, "") for text in texts[chunk]]
-                examples = data.from_pairs(pairs, backbone.vocabulary, lengths, str(input_file))
-                if message := data.cut_message(examples, lengths):
-                    say(message)
-                which = named.which[chunk]
-                predictions = predictor.predict_mixed(
-                    flat, examples, which, named.labels, first=done
-                )
-                for row, predicted in zip(rows[chunk], predictions, strict=True):
-                    out.write(json.dumps({**row, "prediction": predicted}, ensure_ascii=False))
-                    out.write("\n")
-                out.flush()
-                done += len(predictions)
-                progress.update(done)
+        while done < len(rows):
+            chunk = slice(done, done + CHUNK)
+            pairs = [(text, "") for text in texts[chunk]]
+            examples = data.from_pairs(pairs, backbone.vocabulary, lengths, str(input_file))
+            if message := data.cut_message(examples, lengths):
+                say(message)
+            which = named.which[chunk]
+            predictions = predictor.predict_mixed(flat, examples, which, named.labels, first=done)
+            lines = [
+                json.dumps({**row, "prediction": predicted}, ensure_ascii=False) + "\n"
+                for row, predicted in zip(rows[chunk], predictions, strict=True)
+            ]
+            with _writing(partial), open(partial, "a", encoding="utf-8") as out:
+                out.write("".join(lines))
+            done += len(predictions)
+            progress.update(done)
     except KeyboardInterrupt:
         say(f"{done} rows are kept in {partial}; the same command goes on from here")
         raise

@@ -176,6 +176,10 @@ class Logbook:
             self._events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
         self._events.flush()
 
+    def restart(self, step: int) -> None:
+        """Time counts from here, at `step`."""
+        self._clock = (step, time.monotonic())
+
     def begin(self, step: int) -> None:
         """Says that `step`, the first, is done; the rate and the time left count from here."""
         now = time.monotonic()

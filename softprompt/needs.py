@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from softprompt import config, dry_run, eval_task, launch, memory
+from softprompt import config, dry_run, eval_task, launch, memory, signals
 from softprompt import train as training
 
 # Steps that are timed, after the first, which compiles.
@@ -85,5 +85,5 @@ def measured() -> float:
 
     with contextlib.redirect_stdout(io.StringIO()):
         config.configured(launch.train)(fit=few)
-    training.clear_caches()
+    signals.clear_caches()
     return float(np.median(np.diff(ends)))

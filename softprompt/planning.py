@@ -23,6 +23,7 @@ from softprompt import (
     predict,
     report,
     selection,
+    signals,
     train_settings,
 )
 from softprompt import train as training
@@ -126,14 +127,16 @@ def check_taken(
     bindings: Sequence[tuple[str, str]],
     search_paths: Sequence[str],
 ) -> None:
-    """Raises where a gin file of one's own sets what no run takes.
+    """Raises where a gin file of one's own sets what the files that all runs name set after it.
 
-    The files that a run's settings name come after it, and may set the same for all of them.
+    What all of them set by name, NAME=value, is plain to see.
     """
     own = {name for file in files for name in config.set_in(file, search_paths)}
-    own -= {*PLAN, *(name for name, _ in bindings)}
+    named = [{s.split("=")[0] for s in (*run.settings, *run.of_task)} for run in planned]
+    own -= {*PLAN, *(name for name, _ in bindings), *set.intersection(*named)}
     config.parse(files, (), search_paths, complete=False)
     left = {name: value for name, value in config.macros().items() if name in own}
+    left = {name: value for name, value in left.items() if str(value)[:1] not in "%@"}
     for run in planned:
         if not left:
             return
@@ -141,9 +144,9 @@ def check_taken(
         left = {k: v for k, v in left.items() if config.macros()[k] != v}
     for name, value in left.items():
         raise ValueError(
-            f"{name} is {value!r} in the gin files given, but every run names files or settings "
-            f"that set it after them ({planned[-1]}: {config.macros()[name]!r}); give "
-            f"--gin.{name}=… in its place, or set it where those are named"
+            f"{name} is {value!r} in the gin files given, but every run names files that set it "
+            f"after them ({planned[-1]}: {config.macros()[name]!r}); give --gin.{name}=… in its "
+            f"place, or set it where those files are named"
         )
 
 
@@ -290,7 +293,7 @@ def outcomes(
             left = f", about {duration(seconds)} left"
         say(f"--- {what} {number}/{len(planned)}: {run}{left}")
         made = do(run, binary)
-        training.clear_caches()
+        signals.clear_caches()
         if made is None:
             say(f"stopped during {run}; the same command goes on from here")
             yield None, True

@@ -21,7 +21,17 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from softprompt import checkpoint, partition, selection, throughput, train, train_step, tree, xla
+from softprompt import (
+    checkpoint,
+    partition,
+    selection,
+    signals,
+    throughput,
+    train,
+    train_step,
+    tree,
+    xla,
+)
 from softprompt.backbone import Backbone
 from softprompt.logbook import Logbook, duration, say
 from softprompt.prompted import PROMPT, PromptedT5
@@ -121,8 +131,8 @@ class _Run:
             say(f"{member.name}: resuming from step {at}")
             self.best.restore(restored[1]["best"], {PROMPT})
         self.step = self._saved = int(self.state["step"])
-        judged = selection.judged(restored[1]["best"]) if restored else 0
-        self._log = Logbook(folder, self.step, judged)
+        self._judged = selection.judged(restored[1]["best"]) if restored else 0
+        self._log = Logbook(folder, self.step, self._judged)
         if not restored and folder is not None and member.save:
             prompt = np.asarray(member.prompt, np.float32)
             member.save(pathlib.Path(folder) / "prompts" / "initial", {PROMPT: prompt}, {"step": 0})
@@ -154,8 +164,10 @@ class _Run:
             self.end(FINISHED)
             return
         period = member.eval_period if member.evaluate and self.step else 0
-        if period and self.step % period == 0 and self.best.judged < self.step:
-            self._evaluate()  # It was stopped before.
+        judged = max(self.best.judged, self._judged)
+        if period and self.step % period == 0 and judged < self.step:  # It was stopped before.
+            self._evaluate()
+            self._save_checkpoint()
         if self.best.out_of_patience(member.patience):
             say(
                 f"{member.name}: stopping early at step {self.step}: no better figure since "
@@ -192,7 +204,7 @@ class _Run:
             checkpoint.save_state(member.model_dir, self.state, about, member.keep)
         self._saved = self.step
 
-    def after(self, asked: train.Asked) -> float | None:
+    def after(self, asked: signals.Asked) -> float | None:
         """What is due after the step just taken; returns the mean loss if it was read."""
         member = self.member
         self.step += 1
@@ -222,7 +234,7 @@ class _Run:
                 self._save_checkpoint()
             try:
                 self._evaluate(asked)
-            except train.Stopped:
+            except signals.Stopped:
                 stopping = True
         if due_save or stopping:
             self._save_checkpoint()
@@ -234,7 +246,7 @@ class _Run:
             self.batch = dict(next(self._stream))
         return loss
 
-    def _evaluate(self, asked: train.Asked | None = None) -> None:
+    def _evaluate(self, asked: signals.Asked | None = None) -> None:
         member = self.member
         with asked.at_once() if asked else contextlib.nullcontext():
             figures = member.evaluate({**self._frozen, **self.state["trainable"]}, self.step)
@@ -410,7 +422,7 @@ def _train(runs: Sequence[_Run], backbone: Backbone) -> list[Outcome]:
     clock: tuple[int, float] | None = None
     rounds = 0
     saves = all(run.member.model_dir is not None for run in runs)
-    with train.termination(saves) as asked:
+    with signals.termination(saves) as asked:
         while running:
             now = min(run.step for run in running)
             active = [run for run in running if run.step == now]

@@ -10,6 +10,7 @@ from typing import Any
 
 from softprompt import (
     compare,
+    ensembles,
     members,
     needs,
     planning,
@@ -25,9 +26,7 @@ from softprompt.experiments import (
     TRANSFER,
     Options,
     Plan,
-    is_voted,
     plan,
-    vote_of,
 )
 from softprompt.logbook import say, size
 
@@ -115,8 +114,9 @@ def _run_ensembles(planned: Plan) -> bool:
         if not members.run(planned.files, [*planned.bindings, *own]):
             say(f"stopped during {task}; the same command goes on from here")
             return False
-        evaluation, prompts = vote_of(planned, task)
-        if not is_voted(evaluation, prompts):  # One of other prompts or settings is replaced.
+        given = [*planned.bindings, *own]
+        evaluation, *found = ensembles.vote_of(planned.files, given, planned.folder / task, task)
+        if not ensembles.is_voted(evaluation, *found):  # One of others is replaced.
             (evaluation.folder / "result.json").unlink(missing_ok=True)
             planning.do(evaluation, "eval")
     return True

@@ -80,7 +80,11 @@ class Best:
         averaged = [k for k in figures if not k.endswith("illegal")]
         if before is None and self._metric is None and len(averaged) > 1:
             say(f"{name}the best step is that of the highest mean of {', '.join(averaged)}")
-        if before is None or metric > before or (math.isnan(before) and not math.isnan(metric)):
+        better = before is None or (
+            metric is not None
+            and (metric > before or (math.isnan(before) and not math.isnan(metric)))
+        )
+        if better:
             self.facts = {"step": step, "metric": metric, "waited": 0, "metrics": figures}
         else:
             self.facts = {**self.facts, "waited": self.facts["waited"] + 1}

@@ -6,8 +6,6 @@ import functools
 import inspect
 import os
 import pathlib
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -16,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
 
 from softprompt import (
     checkpoint,
@@ -25,6 +22,7 @@ from softprompt import (
     partition,
     pipeline,
     selection,
+    signals,
     throughput,
     train_step,
     tree,
@@ -49,7 +47,7 @@ class Result:
       best: those of the best step (the last one where nothing was evaluated).
       best_step, best_metric: when it was, and the value it was chosen by.
       metrics: figures of the best step's evaluation.
-      interrupted: True if SIGTERM ended the run before its last step.
+      interrupted: True if SIGTERM ended the run before its last step, or before that was evaluated.
     """
 
     step: int
@@ -83,108 +81,6 @@ def check_trainable(trained: tree.Flat) -> None:
             f"TRAINABLE names {len(rounded)} parameters that WEIGHTS 'int8' keeps as int8, which "
             f"cannot be trained ({shown}); set WEIGHTS to None, or TRAINABLE to what is not int8"
         )
-
-
-class Stopped(BaseException):
-    """SIGTERM or Ctrl-C, within `Asked.at_once`."""
-
-
-class Asked:
-    """Called after each step, says whether a signal asks to stop."""
-
-    def __init__(self, asked: Callable[[int], bool]):
-        self._asked = asked
-        self.now = False  # Whether a signal stops what is done now.
-
-    def __call__(self, step: int) -> bool:
-        return self._asked(step)
-
-    @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Within it a first signal raises `Stopped`: evaluations, which may be done again.
-
-        Not in several processes, which would go apart, and not where none is heard.
-        """
-        self.now = True
-        try:
-            yield
-        finally:
-            self.now = False
-
-
-@contextlib.contextmanager
-def termination(saves: bool) -> Iterator[Asked]:
-    """Yields what tells after each step whether SIGTERM or Ctrl-C, which end nothing here, came.
-
-    After Ctrl-C the context ends in KeyboardInterrupt; a second one, and a run that `saves`
-    nothing, does not wait for the step. Of several processes any may get either, and a first Ctrl-C
-    is to it as SIGTERM: the coordination service, without the devices, picks a step that none has
-    passed yet, and there all are told to stop.
-    """
-    # A shell starts what it puts into the background with Ctrl-C ignored, and so it stays.
-    heard = saves and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
-    if hosts.several():
-        before = None
-        if heard and threading.current_thread() is threading.main_thread():
-
-            def pass_on(number: int, frame: Any) -> None:
-                del frame
-                signal.signal(number, signal.default_int_handler)
-                os.kill(os.getpid(), signal.SIGTERM)
-
-            before = signal.signal(signal.SIGINT, pass_on)
-        try:
-            yield Asked(multihost_utils.reached_preemption_sync_point)
-        finally:
-            if before is not None:
-                signal.signal(signal.SIGINT, before)
-        return
-    if threading.current_thread() is not threading.main_thread():
-        yield Asked(lambda step: False)
-        return
-    asked: set[int] = set()
-    told = Asked(lambda step: bool(asked))
-
-    def ask(number: int, frame: Any) -> None:
-        del frame
-        if number in asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.add(number)
-        if told.now:
-            raise Stopped
-        if number == signal.SIGINT:
-            # A line that is being written when the signal comes takes no other in its midst.
-            with contextlib.suppress(RuntimeError):
-                say("stopping after this step, which is saved; Ctrl-C again stops at once")
-
-    numbers = (signal.SIGTERM, signal.SIGINT) if heard else (signal.SIGTERM,)
-    before = {number: signal.signal(number, ask) for number in numbers}
-    try:
-        yield told
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if signal.SIGINT in asked:
-        raise KeyboardInterrupt
-
-
-def clear_caches() -> None:
-    """`jax.clear_caches` between trainings, during which Ctrl-C waits.
-
-    It calls back as weak references end, where Python prints what is raised, and loses it.
-    """
-    main = threading.current_thread() is threading.main_thread()
-    if not main or not callable(signal.getsignal(signal.SIGINT)):
-        jax.clear_caches()
-        return
-    asked: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
-    try:
-        jax.clear_caches()
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if asked:
-        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
@@ -293,7 +189,8 @@ def fit(
         check_identity(restored[1]["identity"], dict(identity or {}), model_dir, at, train_steps)
         say(f"resuming from step {at} of {model_dir}")
     start = int(state["step"])
-    log = Logbook(model_dir, start, selection.judged(restored[1]["best"]) if restored else 0)
+    judged = selection.judged(restored[1]["best"]) if restored else 0
+    log = Logbook(model_dir, start, judged)
     if not restored and model_dir is not None and save and prompt is not None:
         # What drift is measured from: see `analysis`.
         start_of = pathlib.Path(model_dir) / "prompts" / "initial"
@@ -342,7 +239,7 @@ def fit(
         try:
             with asked.at_once():
                 figures = evaluate(parameters(), step)
-        except Stopped:
+        except signals.Stopped:
             return False
         best.judge(step, figures, log, trained_now)
         return True
@@ -355,14 +252,16 @@ def fit(
         return batch, partition.place_rows(batch, backbone.mesh)
 
     with (
-        termination(model_dir is not None) as asked,
+        signals.termination(model_dir is not None) as asked,
         pipeline.Prefetch(batches(start), place) as stream,
     ):
-        # It was stopped before it was judged.
-        unjudged = evaluate and eval_period and start and start % eval_period == 0
-        if unjudged and best.judged < start < train_steps and not judge(start):
-            say(f"stopped by a signal at step {start}; the same command goes on from here")
-            return finish(start, interrupted=True)
+        due = evaluate and eval_period and start % eval_period == 0
+        if due and judged < start < train_steps:  # It was stopped before.
+            if not judge(start):
+                say(f"stopped by a signal at step {start}; the same command goes on from here")
+                return finish(start, interrupted=True)
+            save_checkpoint()
+            log.restart(start)
         compiled: set[tuple] = set()
         counted = False  # Whether a step since the last line was one that compiled nothing.
         for step in range(start + 1, train_steps + 1):
@@ -420,6 +319,7 @@ def fit(
                 saved = step
             if due_eval or due_save:
                 meter.restart()
+                counted = False
             if stop and not (last and (not evaluate or best.judged == step)):
                 say(f"stopped by a signal after step {step}; the same command goes on from here")
                 return finish(step, interrupted=True)

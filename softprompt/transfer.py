@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from softprompt import checkpoint, config, data, planning, provenance, report, sweep
-from softprompt import train as training
+from softprompt import checkpoint, config, data, planning, provenance, report, signals, sweep
 from softprompt.logbook import say
 from softprompt.report import NAME as REPORT
 from softprompt.report_many import folder_name
@@ -183,7 +182,7 @@ def evaluated(
     if outcome is None:
         say(f"--- {evaluation}")
         outcome = planning.do(evaluation, "eval")
-        training.clear_caches()
+        signals.clear_caches()
     found = []
     for name, value in outcome.figures.items():
         task, slash, metric = name.rpartition("/")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from softprompt import __main__ as command
-from softprompt import checkpoint, hosts, partition
+from softprompt import checkpoint, hosts, mistakes, partition
 
 # A run of one process or of a job's process NUMBER, slow enough to be stopped in its middle.
 RUN = """
@@ -306,6 +306,13 @@ def test_the_command_line_knows_the_flags():
         ["train", "--coordinator_address=a:1", "--num_processes=2", "--process_id=1"]
     )
     assert (args.coordinator_address, args.num_processes, args.process_id) == ("a:1", 2, 1)
+
+
+def test_a_process_that_saves_nothing_ends_on_sigterm_with_143():
+    with pytest.raises(mistakes.Terminated) as error:
+        hosts._terminate(signal.SIGTERM, None)
+    assert mistakes.told(error.value) == ("stopped by SIGTERM", 143)
+    assert hosts._reason(error.value) == ("process 0 of 1: stopped by SIGTERM", 143)
 
 
 def test_alone_every_function_is_the_plain_thing():

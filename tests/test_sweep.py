@@ -62,9 +62,9 @@ def test_what_a_sweeps_own_file_sets_must_be_taken_by_a_run(tmp_path, small, cap
     lines = "{'': ['runs/prompt_classify.gin', 'PROMPT_LENGTH=2']}"
     assert main(["sweep", *small, f"--gin.LINES={lines}"]) == 2
     said = capsys.readouterr().err
-    assert "TRAIN_STEPS is 7 in the gin files given, but every run names files or set" in said
+    assert "TRAIN_STEPS is 7 in the gin files given, but every run names files that s" in said
     assert said.endswith(
-        "300); give --gin.TRAIN_STEPS=… in its place, or set it where those are named\n"
+        "300); give --gin.TRAIN_STEPS=… in its place, or set it where those files are named\n"
     )
     files, search = [MODEL, "small.gin"], [str(tmp_path)]
     config.parse(files, [("SWEEP_DIR", "x"), ("LINES", lines)], search)

@@ -31,6 +31,7 @@ from softprompt import (
     prompted,
     segments,
     selection,
+    signals,
     train,
     train_step,
     tree,
@@ -422,10 +423,10 @@ def test_ctrl_c_waits_until_the_caches_are_cleared(own_signals, monkeypatch):
 
     monkeypatch.setattr(jax, "clear_caches", clear)
     with pytest.raises(KeyboardInterrupt):
-        train.clear_caches()
+        signals.clear_caches()
     assert done and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     own_signals(signal.SIG_IGN)
-    train.clear_caches()
+    signals.clear_caches()
     assert len(done) == 2, "of a run in the background nothing is asked"
 
 
@@ -454,7 +455,7 @@ def test_a_signal_stops_an_evaluation_which_is_done_when_the_run_goes_on(
         return {"accuracy": float(np.asarray(flat[train.PROMPT]).sum())}
 
     def run(folder):
-        settings = dict(evaluate=evaluate, eval_period=2, model_dir=folder, keep=9)
+        settings = dict(evaluate=evaluate, eval_period=2, model_dir=folder, keep=9, log_period=1)
         return fit(tiny, pairs, 6, **settings)
 
     if number == signal.SIGINT:
@@ -471,17 +472,79 @@ def test_a_signal_stops_an_evaluation_which_is_done_when_the_run_goes_on(
     for which in ("trained", "best"):
         one, two = (getattr(x, which)[train.PROMPT].tobytes() for x in (result, whole))
         assert one == two
-    for name in ("eval/metrics.jsonl", "train.jsonl"):
-        one, two = (tmp_path / folder / name for folder in ("run", "whole"))
-        steps = [
-            [json.loads(x)["step"] for x in path.read_text().splitlines()] for path in (one, two)
-        ]
-        assert steps[0] == steps[1]
+    for name, keys in (("eval/metrics.jsonl", ("accuracy",)), ("train.jsonl", ("loss",))):
+        one, two = (
+            [[row[k] for k in ("step", *keys)] for row in map(json.loads, path.open())]
+            for path in (tmp_path / folder / name for folder in ("run", "whole"))
+        )
+        assert one == two and len(one) == (3 if "eval" in name else 6)
+    one, two = (
+        checkpoint.read(checkpoint.step_path(tmp_path / folder, 6))[1]["best"]
+        for folder in ("run", "whole")
+    )
+    assert one == two
+
+
+def test_a_signal_just_before_an_evaluation_stops_it_too(own_signals):
+    own_signals(signal.default_int_handler)
+    with signals.termination(True) as asked:
+        assert not asked(2)
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(signals.Stopped), asked.at_once():
+            pytest.fail("it was evaluated")
+        assert asked(3)
+
+
+def test_an_evaluation_that_ends_patience_is_done_again_once(tiny, pairs, tmp_path, own_signals):
+    own_signals(signal.default_int_handler)
+    calls = []
+
+    def evaluate(flat, step):
+        calls.append(step)
+        if calls == [2, 4]:
+            signal.raise_signal(signal.SIGTERM)
+        return {"accuracy": -float(step)}
+
+    for _ in range(3):
+        result = fit(
+            tiny, pairs, 8, evaluate=evaluate, eval_period=2, patience=1, model_dir=tmp_path
+        )
+    assert calls == [2, 4, 4] and result.step == 4 and result.best_step == 2
+
+
+def test_figures_to_choose_by_may_be_gone_at_a_later_step(tiny, pairs):
+    judge = lambda flat, step: {"accuracy": 1.0} if step == 2 else {}  # noqa: E731
+    assert fit(tiny, pairs, 6, evaluate=judge, eval_period=2).best_step == 2
+
+
+def test_steps_that_compile_are_no_part_of_the_rates(tiny, pairs, monkeypatch):
+    from softprompt import logbook, throughput
+
+    left_out, added, told = [], [], []
+    for kind in (throughput.Meter, logbook.Logbook):
+        monkeypatch.setattr(kind, "leave_out", lambda self, seconds: left_out.append(type(self)))
+    add = throughput.Meter.add
+    monkeypatch.setattr(
+        throughput.Meter, "add", lambda self, *batch: added.append(1) or add(self, *batch)
+    )
+    monkeypatch.setattr(logbook.Logbook, "progress", lambda self, *given: told.append(given[-1]))
+    plain = batches_of(tiny, pairs, 5)
+
+    def widths(step):
+        for number, batch in enumerate(plain(step), step + 1):
+            ids = batch["encoder_ids"]
+            wide = np.pad(ids, [(0, 0), (0, 4 * (number in (3, 5)))])
+            yield {**batch, "encoder_ids": wide}
+
+    fit(tiny, pairs, 6, batches=widths, log_period=1)
+    # Steps 1 and 3 compile, one of each width.
+    assert left_out == [logbook.Logbook, throughput.Meter] and len(added) == 4
+    assert [bool(rates) for rates in told] == [False, True, False, True, True, True]
 
 
 def test_ctrl_c_that_is_ignored_stays_so(own_signals):
     own_signals(signal.SIG_IGN)
-    with train.termination(True) as asked:
+    with signals.termination(True) as asked:
         signal.raise_signal(signal.SIGINT)
         assert not asked(1)
 
@@ -489,15 +552,15 @@ def test_ctrl_c_that_is_ignored_stays_so(own_signals):
 def test_ctrl_c_waits_for_nothing_where_nothing_is_saved_or_it_comes_twice(own_signals):
     own_signals(signal.default_int_handler)
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), train.termination(False):
+    with pytest.raises(KeyboardInterrupt), signals.termination(False):
         signal.raise_signal(signal.SIGINT)
         pytest.fail("it went on")
-    with pytest.raises(KeyboardInterrupt), train.termination(True) as asked:
+    with pytest.raises(KeyboardInterrupt), signals.termination(True) as asked:
         signal.raise_signal(signal.SIGINT)
         assert asked(1)
         signal.raise_signal(signal.SIGINT)
         pytest.fail("it went on")
-    with pytest.raises(KeyboardInterrupt), train.termination(True) as asked:
+    with pytest.raises(KeyboardInterrupt), signals.termination(True) as asked:
         signal.raise_signal(signal.SIGINT)
         assert asked(1)
     assert signal.getsignal(signal.SIGINT) is before
