@@ -296,12 +296,12 @@ def _report(
 ) -> None:
     """Prints figures as JSON, and keeps them in `<folder>/<name>.json` and a report."""
     said = {"task": name, "split": split, **note}
-    say(json.dumps({**said, **figures}))
-    if folder is None:
-        return
-    path = pathlib.Path(folder) / f"{name}.json"
-    if path.exists():
+    path = None if folder is None else pathlib.Path(folder) / f"{name}.json"
+    if path is not None and path.exists():
         say(f"{path} is replaced, as are the predictions beside it")
+    say(json.dumps({**said, **figures}))
+    if path is None:
+        return
     checkpoint.write_atomically(path, json.dumps(figures, indent=2).encode())
     _keep_facts(folder, backbone, said, labels)
     report.attempt(folder)

@@ -141,7 +141,10 @@ def test_the_command_reports_every_method(tiny_folder, tmp_path, capsys, pairs):
         assert json.loads((tmp_path / "run.json").read_text())["trainable_parameters"] == 0
         assert json.loads((tmp_path / "user_task.json").read_text())["accuracy"] >= 0
     assert figures["majority"]["accuracy"] == 50
-    assert said[-2] == "user_task: 12 of 12 inputs have no room for all 12 shots"
+    assert said[-3:-1] == [
+        "user_task: 12 of 12 inputs have no room for all 12 shots",
+        f"{tmp_path / 'user_task.json'} is replaced, as are the predictions beside it",
+    ]
     lines = (tmp_path / "predictions" / "user_task.jsonl").read_text().splitlines()
     assert len(lines) == 12 and "scores" not in lines[0], "generated"
     assert main([*shared, "--gin.METHOD=guess"]) == 2

@@ -313,9 +313,10 @@ def test_many_prompts_are_tuned_as_each_is_alone(tiny, pairs, tmp_path, monkeypa
     members = [{"prompt_length": 3}, {"seed": 1, "prompt_length": 5, "name": "longer"}]
     found = softprompt.tune_many(backbone, members, tmp_path, **settings)
     one = softprompt.tune(backbone, seed=1, prompt_length=5, **settings)
-    # Two steps of two members and of one run, all by the loss among the same labels.
+    # Two steps of two members and one of a run, whose first one compiles and does not count, all by
+    # the loss among the same labels.
     expected = eval_task.encode_labels(["positive", "negative"], backbone.vocabulary)
-    assert len(counted) == 6 and all(np.array_equal(x, expected) for x in counted)
+    assert len(counted) == 5 and all(np.array_equal(x, expected) for x in counted)
     np.testing.assert_allclose(found[1].array, one.array, atol=2e-5)
     assert found[0].array.shape == (3, 24) and found[0].metadata["status"] == "finished"
     assert {**found[1].metadata, "status": None} == {**one.metadata, "status": None}

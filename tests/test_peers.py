@@ -197,7 +197,7 @@ def test_what_computes_on_another_device_is_not_measured(peers, monkeypatch):
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     with pytest.raises(ValueError, match="JAX computes on the cpu, expected the gpu"):
-        worker.Ours({"device": "gpu", "cpu_devices": 1})
+        worker.Ours({"device": "gpu", "cpu_devices": 1, "training": True})
 
 
 def test_peers_batches_are_cut_and_filled(peers, tmp_path):

@@ -314,6 +314,9 @@ def test_populations_train_and_vote_once(tmp_path, monkeypatch, quick):
             path = folder / f"seed{seed}" / "prompts" / "best.safetensors"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch() if not path.exists() else None
+        statuses = {f"seed{n}": "finished" if n < 3 else "diverged" for n in range(5)}
+        rows = ["name,status", *map(",".join, statuses.items())]
+        (folder / "population.csv").write_text("\n".join(rows) + "\n")
         return True
 
     def evaluate(name):
@@ -341,6 +344,8 @@ def test_populations_train_and_vote_once(tmp_path, monkeypatch, quick):
     assert "| super_glue_boolq, accuracy, ensemble | 91.7 | Lester et al. 2021, table 3 |" in text
     # Again: the populations resume by themselves, and nothing is voted on twice.
     assert reproduce.run("table3", options) and len(trained) == 6 and len(voted) == 3
+    more = dataclasses.replace(options, bindings=[("SEEDS", "[0, 1, 2, 3, 4, 5]")])
+    assert all(plan("table3", options).done) and not any(plan("table3", more).done)
     # Of other prompts, though all of them are older than the vote, there is another one.
     for _ in range(2):
         assert reproduce.run("table3", dataclasses.replace(options, bindings=[("SEEDS", "[0, 2]")]))
