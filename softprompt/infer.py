@@ -193,6 +193,8 @@ def infer(
     with _writing(output_file):
         partial.parent.mkdir(parents=True, exist_ok=True)
     done = _begun(partial, identity)
+    with _writing(partial):
+        partial.touch()
     progress = Progress("predicting", len(rows), "rows", every=0, start=done)
     try:
         while done < len(rows):
