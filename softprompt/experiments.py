@@ -462,7 +462,7 @@ def _ensemble(planned: Plan, options: Options) -> Plan:
         raise ValueError(f"{planned.name}: SEEDS is {seeds!r}, expected two or more: prompts vote")
     done = [
         ensembles.is_voted(
-            *ensembles.vote_of(files, [*bindings, *own], planned.folder / task, task)
+            *ensembles.vote_of(files, [*bindings, *own], planned.folder / name, name)
         )
         for name, own in tasks.items()
     ]

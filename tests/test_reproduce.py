@@ -346,6 +346,10 @@ def test_populations_train_and_vote_once(tmp_path, monkeypatch, quick):
     assert reproduce.run("table3", options) and len(trained) == 6 and len(voted) == 3
     more = dataclasses.replace(options, bindings=[("SEEDS", "[0, 1, 2, 3, 4, 5]")])
     assert all(plan("table3", options).done) and not any(plan("table3", more).done)
+    one = tmp_path / "table3-reduced" / list(plan("table3", options).tasks)[1] / "ensemble"
+    (one / "result.json").rename(one / "aside.json")
+    assert plan("table3", options).done == [True, False, True]
+    (one / "aside.json").rename(one / "result.json")
     # Of other prompts, though all of them are older than the vote, there is another one.
     for _ in range(2):
         assert reproduce.run("table3", dataclasses.replace(options, bindings=[("SEEDS", "[0, 2]")]))
