@@ -63,6 +63,15 @@ def _sort_header(content: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within it, what the disk refuses is one sentence, of `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes bytes next to `path`, flushes them to disk, renames; the first process alone does."""
     if hosts.first():
@@ -72,26 +81,21 @@ def write_atomically(path: Path, content: bytes) -> None:
 def replace(path: Path, content: bytes) -> None:
     """`write_atomically` by each process, to a folder of its own."""
     path = pathlib.Path(path)
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise ValueError(f"cannot write {str(path)!r}: {error.strerror}") from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except OSError as error:
-        pathlib.Path(temporary).unlink(missing_ok=True)
-        raise ValueError(f"cannot write {str(path)!r}: {error.strerror}") from error
-    except BaseException:
-        pathlib.Path(temporary).unlink(missing_ok=True)
-        raise
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)
+            os.replace(temporary, path)
+        except BaseException:
+            pathlib.Path(temporary).unlink(missing_ok=True)
+            raise
 
 
 class Arrays:
@@ -263,11 +267,9 @@ def locked(model_dir: Path | None) -> Iterator[None]:
 def _lock(path: pathlib.Path, held: contextlib.ExitStack) -> None:
     if path.parent.exists() and not path.parent.is_dir():
         raise ValueError(f"MODEL_DIR {str(path.parent)!r} is a file, expected a folder")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = held.enter_context(open(path, "ab"))
-    except OSError as error:
-        raise ValueError(f"cannot write {str(path)!r}: {error.strerror}") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -3,13 +3,12 @@
 Gin files name the function `launch.infer`.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -190,10 +189,10 @@ def infer(
         **decoding,
     }
     partial = pathlib.Path(f"{output_file}.partial")
-    with _writing(output_file):
+    with checkpoint.writing(output_file):
         partial.parent.mkdir(parents=True, exist_ok=True)
     done = _begun(partial, identity)
-    with _writing(partial):
+    with checkpoint.writing(partial):
         partial.touch()
     progress = Progress("predicting", len(rows), "rows", every=0, start=done)
     try:
@@ -209,7 +208,7 @@ def infer(
                 json.dumps({**row, "prediction": predicted}, ensure_ascii=False) + "\n"
                 for row, predicted in zip(rows[chunk], predictions, strict=True)
             ]
-            with _writing(partial), open(partial, "a", encoding="utf-8") as out:
+            with checkpoint.writing(partial), open(partial, "a", encoding="utf-8") as out:
                 out.write("".join(lines))
             done += len(predictions)
             progress.update(done)
@@ -220,15 +219,6 @@ def infer(
     _identity_file(partial).unlink()
     say(f"{len(rows)} predictions in {output_file}")
     return len(rows)
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Within it, what the disk refuses is one sentence."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
 
 
 def _identity_file(partial: pathlib.Path) -> pathlib.Path:
